@@ -1,0 +1,655 @@
+"""The twins: Franka tabletop tasks as ManiSkill environments, their domains, scripted experts and the vectorised env.
+
+    python envs.py show     # contact sheet of every task in every domain
+    python envs.py bench    # control steps per second beside stock ManiSkill
+    python envs.py expert   # success and length of the scripted experts
+
+World frame = robot base frame: x forward, y left, z up, the table's surface at z = 0. Units are metres and radians.
+"""
+import os
+
+if __name__ != "__main__":  # a worker renders on its own core: two software rasterisers on all cores fight
+    os.environ.setdefault("LP_NUM_THREADS", "1")
+import hashlib
+import multiprocessing as mp
+import traceback
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import sapien
+import torch
+from gymnasium import spaces
+from mani_skill import PACKAGE_ASSET_DIR
+from mani_skill.agents.controllers.base_controller import BaseController, ControllerConfig
+from mani_skill.agents.robots import Panda
+from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.sensors.camera import CameraConfig
+from mani_skill.utils import sapien_utils
+from mani_skill.utils.geometry.rotation_conversions import euler_angles_to_matrix, matrix_to_euler_angles
+from mani_skill.utils.structs import Pose
+from mani_skill.utils.structs.types import SceneConfig, SimConfig
+
+CONTROL_HZ = 10
+# Every use of the environments has its own seeds, a million apart: nothing is ever evaluated on what it was trained on.
+SEEDS = dict(rl=0, twin_demos=1_000_000, standin_demos=2_000_000, standin_val=3_000_000, validation=4_000_000,
+             evaluation=5_000_000)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What a world looks like and how it moves. A task knows nothing of it, so a new domain is one `replace(TWIN, ...)`.
+
+    Colours are linear RGB in 0..1, light directions point from the light into the scene.
+    """
+
+    name: str
+    # looks
+    camera_eye: tuple = (0.88, 0.56, 0.52)
+    camera_target: tuple = (0.49, 0.0, 0.03)
+    camera_fov: float = 0.52  # rad, vertical
+    ambient: tuple = (0.45, 0.45, 0.45)
+    light_direction: tuple = (-0.5, 0.6, -1.0)
+    light_color: tuple = (1.0, 1.0, 1.0)
+    table_colors: tuple = ((0.60, 0.46, 0.32),)  # one per plank, repeated over the table
+    background: tuple = (0.75, 0.78, 0.80)
+    robot_color: tuple = (0.90, 0.90, 0.90)
+    object_color: tuple = (0.05, 0.15, 0.70)
+    goal_color: tuple = (0.80, 0.05, 0.05)
+    image_noise: float = 0.0  # std of the camera's noise, grey levels of 255
+    # dynamics
+    friction: float = 0.6  # of the objects and the table
+    object_mass: float = 0.10  # kg
+    stiffness: float = 1000.0  # N m / rad, of the arm's joint drives
+    damping: float = 100.0  # N m s / rad
+    action_delay: int = 0  # control steps between a command and its execution
+
+
+TWIN = Domain("twin")
+# Stands in for the real robot. Fixed before any policy was trained, and no knob of any experiment. Every value is
+# what a careful lab leaves between a twin and its robot: a camera re-mounted by hand (7 cm, a few degrees, another
+# lens), a lamp from the other side with a warm tint, a darker planked table and another wall, paint that differs in
+# shade, a noisy sensor; objects twice as heavy on a smoother table, a softer arm, one control step of latency.
+STANDIN = Domain(
+    "standin", camera_eye=(0.83, 0.60, 0.50), camera_target=(0.50, 0.01, 0.03), camera_fov=0.55,
+    ambient=(0.35, 0.33, 0.30), light_direction=(-0.3, -0.8, -1.0), light_color=(1.0, 0.9, 0.75),
+    table_colors=((0.30, 0.26, 0.24), (0.36, 0.31, 0.28)), background=(0.35, 0.40, 0.36), robot_color=(0.75, 0.76, 0.78),
+    object_color=(0.03, 0.32, 0.55), goal_color=(0.75, 0.22, 0.03), image_noise=5.0,
+    friction=0.4, object_mass=0.2, stiffness=600.0, damping=80.0, action_delay=1)
+DOMAINS = {d.name: d for d in (TWIN, STANDIN)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- robot
+def lowpoly_urdf(color: tuple) -> str:
+    """Path of a Panda URDF whose visuals are its convex collision shapes, painted `color`.
+
+    The stock visuals have 135,548 triangles, which is the whole cost of rendering in software. Written once into the
+    user's cache folder, never into site-packages.
+    """
+    source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
+    robot = ET.parse(source).getroot()
+    for link in robot.iter("link"):
+        for visual in link.findall("visual"):
+            link.remove(visual)
+        for collision in link.findall("collision"):
+            for mesh in collision.iter("mesh"):
+                stl = source.parent / mesh.get("filename")
+                convex = stl.with_name(stl.name + ".convex.stl")
+                mesh.set("filename", str(convex if convex.exists() else stl))
+            visual = ET.SubElement(link, "visual")
+            visual.extend(collision)
+            material = ET.SubElement(visual, "material", name=f"paint of {link.get('name')}")
+            shade = 0.3 if "finger" in link.get("name") else 1.0
+            ET.SubElement(material, "color", rgba=" ".join(str(c * shade) for c in color) + " 1")
+    urdf = ET.tostring(robot)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlco"
+    path = cache / f"panda_{hashlib.sha1(urdf).hexdigest()[:10]}.urdf"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        for target, content in ((path.with_suffix(".srdf"), source.with_suffix(".srdf").read_bytes()), (path, urdf)):
+            temporary = target.with_name(f"{target.name}.{os.getpid()}")
+            temporary.write_bytes(content)
+            os.replace(temporary, target)
+    return str(path)
+
+
+# Franka Emika Panda, modified Denavit-Hartenberg parameters (a, d, alpha) of joints 1..7, from Franka's FCI manual.
+PANDA_DH = ((0, 0.333, 0), (0, 0, -np.pi / 2), (0, 0.316, np.pi / 2), (0.0825, 0, np.pi / 2),
+            (-0.0825, 0.384, -np.pi / 2), (0, 0, np.pi / 2), (0.088, 0, np.pi / 2))
+FLANGE_TO_TCP = 0.107 + 0.1034  # m, along the flange's z; the hand is mounted turned by -45 degrees
+WORKSPACE = ((0.20, -0.40, 0.012), (0.80, 0.40, 0.60))  # m, box for commanded TCP positions; finger tips are 1 cm below it
+GRIPPER_OPEN = 0.04  # m, per finger
+POINTING_DOWN = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, -1]])  # TCP axes in the base frame: rotation "zero"
+
+
+def _dh_constants():
+    """The part of each joint's transform that does not move, [7,4,4], and the TCP in frame 7, [4,4]."""
+    fixed = torch.zeros(7, 4, 4)
+    for i, (a, d, alpha) in enumerate(PANDA_DH):
+        c, s = np.cos(alpha), np.sin(alpha)
+        fixed[i] = torch.tensor([[1, 0, 0, a], [0, c, -s, -d * s], [0, s, c, d * c], [0, 0, 0, 1]])
+    tcp = torch.eye(4)
+    tcp[:2, :2] = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / 2**0.5
+    tcp[2, 3] = FLANGE_TO_TCP
+    return fixed, tcp
+
+
+DH_FIXED, DH_TCP = _dh_constants()
+
+
+def panda_kinematics(q):
+    """Forward kinematics and geometric Jacobian. q [B,7] (rad) -> TCP pose [B,4,4], Jacobian [B,6,7], base frame."""
+    rotation = torch.zeros(*q.shape, 4, 4, device=q.device)
+    c, s = q.cos(), q.sin()
+    rotation[..., 0, 0] = rotation[..., 1, 1] = c
+    rotation[..., 1, 0], rotation[..., 0, 1] = s, -s
+    rotation[..., 2, 2] = rotation[..., 3, 3] = 1
+    local = DH_FIXED.to(q.device) @ rotation
+    frames = [local[:, 0]]
+    for i in range(1, 7):
+        frames.append(frames[-1] @ local[:, i])
+    tcp = frames[-1] @ DH_TCP.to(q.device)
+    frames = torch.stack(frames, 1)
+    axis, lever = frames[..., :3, 2], tcp[:, None, :3, 3] - frames[..., :3, 3]
+    return tcp, torch.cat([torch.linalg.cross(axis, lever), axis], -1).mT
+
+
+def inverse_kinematics(q, position, rotation, iterations=1):
+    """Damped least-squares steps from q [B,7] towards a TCP position [B,3] and rotation [B,3,3] -> q [B,7].
+
+    One step a control step is enough while the target moves by centimetres; the residual is made up in the next one.
+    """
+    for _ in range(iterations):
+        tcp, jacobian = panda_kinematics(q)
+        error = rotation @ tcp[:, :3, :3].mT  # rotation still to do, in the base frame
+        turn = torch.stack([error[:, 2, 1] - error[:, 1, 2], error[:, 0, 2] - error[:, 2, 0],
+                            error[:, 1, 0] - error[:, 0, 1]], -1) / 2
+        task_error = torch.cat([position - tcp[:, :3, 3], turn], -1)
+        damped = jacobian @ jacobian.mT + 1e-4 * torch.eye(6, device=q.device)
+        q = q + (jacobian.mT @ torch.linalg.solve(damped, task_error[..., None]))[..., 0]
+    return q
+
+
+class DeltaPoseController(BaseController):
+    """Action [B,7] = Δx Δy Δz (m), Δroll Δpitch Δyaw (rad), gripper (-1 closed .. +1 open), robot base frame.
+
+    Deltas add up on the last commanded pose and not on the measured one (ManiSkill's `pd_ee_target_delta_pose`): what
+    a chunk does then depends on the chunk alone, as on a real arm. ManiSkill's own controller takes 2.2 ms a control
+    step on a CPU, most of it in quaternion code; this one keeps joint targets and moves them by the Jacobian.
+    """
+
+    sets_target_qpos, sets_target_qvel = True, False
+
+    def _initialize_action_space(self):
+        high = np.float32([0.1] * 3 + [0.5] * 3 + [1.0])  # m, rad: beyond it nobody commands on purpose in 0.1 s
+        self.single_action_space = spaces.Box(-high, high)
+
+    def set_drive_property(self):
+        stiffness = [self.config.stiffness] * 7 + [1000.0] * 2
+        damping = [self.config.damping] * 7 + [100.0] * 2
+        for joint, k, d in zip(self.joints, stiffness, damping):
+            joint.set_drive_properties(k, d, force_limit=100.0, mode="force")
+        self.bound = torch.as_tensor(self.single_action_space.high, device=self.device)
+        self.box = torch.tensor(WORKSPACE, device=self.device)
+
+    def reset(self):
+        mask = self.scene._reset_mask
+        q = self.qpos
+        tcp = panda_kinematics(q[:, :7])[0]
+        if not hasattr(self, "q_target"):
+            self.q_target, self.position, self.rotation = q[:, :7].clone(), tcp[:, :3, 3].clone(), tcp[:, :3, :3].clone()
+        self.q_target[mask], self.position[mask], self.rotation[mask] = q[mask, :7], tcp[mask, :3, 3], tcp[mask, :3, :3]
+
+    def set_action(self, action):
+        action = torch.minimum(torch.maximum(action, -self.bound), self.bound)
+        self.position = torch.minimum(torch.maximum(self.position + action[:, :3], self.box[0]), self.box[1])
+        if action[:, 3:6].any():
+            self.rotation = euler_angles_to_matrix(action[:, 3:6].flip(-1), "ZYX") @ self.rotation
+        self.q_target = inverse_kinematics(self.q_target, self.position, self.rotation)
+        # commanding 1 cm past closed is what makes a grasp hold
+        finger = (action[:, 6:] + 1) / 2 * (GRIPPER_OPEN + 0.01) - 0.01
+        self.articulation.set_joint_drive_targets(
+            torch.cat([self.q_target, finger.expand(-1, 2)], -1), self.joints, self.active_joint_indices)
+
+
+@dataclass
+class DeltaPoseControllerConfig(ControllerConfig):
+    stiffness: float
+    damping: float
+    controller_cls = DeltaPoseController
+
+
+class TwinPanda(Panda):
+    """ManiSkill's Panda with the domain's paint and drives, moved by `DeltaPoseController`."""
+
+    uid = "rlco_panda"
+
+    def __init__(self, scene, domain: Domain, full_meshes: bool):
+        self.domain = domain
+        if not full_meshes:
+            self.urdf_path = lowpoly_urdf(domain.robot_color)
+        super().__init__(scene, CONTROL_HZ, initial_pose=sapien.Pose())
+
+    @property
+    def _controller_configs(self):
+        joints = self.arm_joint_names + self.gripper_joint_names
+        return dict(delta_pose=DeltaPoseControllerConfig(joints, self.domain.stiffness, self.domain.damping))
+
+
+# ---------------------------------------------------------------------------------------------------------- environment
+class TabletopEnv(BaseEnv):
+    """What all tasks share: robot, table, camera, light, observation, chunk stepping. Batched, so it also runs on GPU.
+
+    A task adds `instruction`, `max_episode_steps`, `_load_objects`, `_place_objects`, `evaluate`, `potential`, `expert`.
+    """
+
+    instruction: str
+    max_episode_steps: int  # control steps; at least 95 % of the demonstrations in either domain are shorter
+    start_gripper = 1.0  # opening at the start of an episode
+    start_tcp = ((0.34, -0.05, 0.14), (0.42, 0.05, 0.20))  # m, box that the TCP starts in
+
+    def __init__(self, domain: Domain = TWIN, image_size=64, full_meshes=False, video_size=256, **kwargs):
+        self.domain, self.image_size, self.full_meshes, self.video_size = domain, image_size, full_meshes, video_size
+        super().__init__(**dict(dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None,
+                                     render_backend="gpu" if torch.cuda.is_available() else "cpu"), **kwargs))
+
+    # ManiSkill's hooks ------------------------------------------------------------------------------------------------
+    @property
+    def _default_sim_config(self):
+        return SimConfig(sim_freq=100, control_freq=CONTROL_HZ, scene_config=SceneConfig(solver_position_iterations=10))
+
+    def _camera(self, name, size):
+        d = self.domain
+        return CameraConfig(name, sapien_utils.look_at(d.camera_eye, d.camera_target), size, size, d.camera_fov,
+                            near=0.01, far=10, shader_pack="minimal")
+
+    @property
+    def _default_sensor_configs(self):
+        return [self._camera("base_0_rgb", self.image_size)]
+
+    @property
+    def _default_human_render_camera_configs(self):
+        return [self._camera("video", self.video_size)]
+
+    def _load_lighting(self, options):
+        d = self.domain
+        self.scene.set_ambient_light(d.ambient)
+        self.scene.add_directional_light(d.light_direction, d.light_color)
+
+    def _load_agent(self, options):
+        self.agent = TwinPanda(self.scene, self.domain, self.full_meshes)
+
+    def box(self, name, half_size, color, mass=None, collide=True, pose=sapien.Pose()):
+        """A box actor. `mass` in kg makes it dynamic; without collision it is decoration that can be moved."""
+        builder = self.scene.create_actor_builder()
+        if collide:
+            surface = sapien.physx.PhysxMaterial(self.domain.friction, self.domain.friction, 0)
+            density = 1000 if mass is None else mass / (8 * np.prod(half_size))
+            builder.add_box_collision(half_size=half_size, material=surface, density=density)
+        builder.add_box_visual(half_size=half_size, material=sapien.render.RenderMaterial(
+            base_color=[*color, 1], roughness=0.8, specular=0.2))
+        builder.initial_pose = pose
+        return builder.build(name) if mass else builder.build_kinematic(name)
+
+    def _load_scene(self, options):
+        colors, planks = self.domain.table_colors, 12
+        self.box("table", (0.6, 0.7, 0.05), colors[0], pose=sapien.Pose([0.4, 0, -0.0505]))
+        for i in range(planks if len(colors) > 1 else 1):
+            n = planks if len(colors) > 1 else 1
+            self.box(f"plank{i}", (0.6, 0.7 / n, 0.0005), colors[i % len(colors)], collide=False,
+                     pose=sapien.Pose([0.4, -0.7 + 1.4 * (i + 0.5) / n, -0.0005]))
+        for name, size, center in (("wall", (0.01, 4, 2), (-0.8, 0, 1)), ("floor", (4, 4, 0.01), (0, 0, -0.8))):
+            self.box(name, size, self.domain.background, collide=False, pose=sapien.Pose(center))
+        self._load_objects()
+        self.home = inverse_kinematics(torch.tensor([[0, np.pi / 8, 0, -np.pi * 5 / 8, 0, np.pi * 3 / 4, np.pi / 4]],
+                                                    device=self.device), *self._down(torch.tensor([[0.4, 0, 0.2]])), 50)
+
+    def _down(self, position):
+        return position.to(self.device), POINTING_DOWN.to(self.device).expand(len(position), 3, 3)
+
+    def _initialize_episode(self, env_idx, options):
+        b = len(env_idx)
+        low, high = torch.tensor(self.start_tcp, device=self.device)
+        q = inverse_kinematics(self.home.expand(b, 7), *self._down(low + (high - low) * torch.rand(b, 3)), 20)
+        finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
+        self.agent.robot.set_qpos(torch.cat([q, finger], -1))
+        self._place_objects(env_idx)
+        if not hasattr(self, "_pending"):
+            self._pending = torch.zeros(self.num_envs, self.domain.action_delay, 7, device=self.device)
+            self._potential = torch.zeros(self.num_envs, device=self.device)
+        self._pending[env_idx] = torch.tensor([0.0] * 6 + [self.start_gripper], device=self.device)
+        self._potential[env_idx] = self.potential()[env_idx]
+        self._noise = torch.Generator(self.device).manual_seed(int(self._episode_seed[0]))
+
+    def _step_action(self, action):
+        action = torch.as_tensor(action, device=self.device, dtype=torch.float32).reshape(self.num_envs, 7)
+        if self.domain.action_delay:
+            self._pending = torch.cat([self._pending, action[:, None]], 1)
+            action, self._pending = self._pending[:, 0], self._pending[:, 1:]
+        return super()._step_action(action)
+
+    def _get_obs_sensor_data(self, apply_texture_transforms=True):
+        data = super()._get_obs_sensor_data(apply_texture_transforms)
+        if self.domain.image_noise:
+            rgb = data["base_0_rgb"]["rgb"]
+            noise = torch.randn(rgb.shape, generator=self._noise, device=self.device) * self.domain.image_noise
+            data["base_0_rgb"]["rgb"] = (rgb + noise).round().clip(0, 255).to(torch.uint8)
+        return data
+
+    def _get_obs_extra(self, info):
+        return dict(state=self.proprioception())
+
+    def compute_dense_reward(self, obs, action, info):
+        """Success plus the change of the task's potential: shaping that leaves the best policy as it is (Ng 1999)."""
+        before, self._potential = self._potential, self.potential()
+        return info["success"].float() + self._potential - before
+
+    # what policies see ------------------------------------------------------------------------------------------------
+    @property
+    def tcp(self):
+        """TCP pose in the base frame, ManiSkill Pose of [B]."""
+        return self.agent.tcp.pose
+
+    @property
+    def commanded(self):
+        """Commanded TCP position [B,3], with the actions that the domain still delays."""
+        return self.agent.controller.position + self._pending[..., :3].sum(1)
+
+    def proprioception(self):
+        """Proprioceptive state [B,7]: TCP x y z (m), roll pitch yaw (rad) from pointing down, gripper -1 .. +1."""
+        matrix = self.tcp.to_transformation_matrix()
+        turn = matrix_to_euler_angles(matrix[:, :3, :3] @ POINTING_DOWN.to(self.device).mT, "ZYX").flip(-1)
+        opening = self.agent.robot.get_qpos()[:, 7:8] / GRIPPER_OPEN * 2 - 1
+        return torch.cat([matrix[:, :3, 3], turn, opening.clip(-1, 1)], -1)
+
+    def observe(self):
+        """Observation of the policy contract: image uint8 [B,H,W,3], state float32 [B,7], prompt B strings."""
+        return dict(image=self._get_obs_sensor_data()["base_0_rgb"]["rgb"], state=self.proprioception(),
+                    prompt=[self.instruction] * self.num_envs)
+
+    def step_chunk(self, actions, frames: list | None = None):
+        """Execute a chunk open loop and render once, at its end, when the caller asks with `observe()`.
+
+        actions: float32 [B,C,7] -> reward [B] (sum over the chunk), terminated [B], truncated [B], info. An episode
+        that ends inside the chunk collects nothing more. `frames` is given a video frame [H,W,3] of each control step.
+        """
+        total = torch.zeros(self.num_envs, device=self.device)
+        terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        truncated = terminated.clone()
+        for action in torch.as_tensor(actions, device=self.device).unbind(1):
+            running = ~(terminated | truncated)
+            action = action * torch.where(running, 1.0, 0.0)[:, None] if not running.all() else action
+            action = self._step_action(action)
+            self._elapsed_steps += running
+            info = self.get_info()
+            total += self.get_reward(None, action, info) * running
+            terminated |= running & info["success"]
+            truncated |= running & ~info["success"] & (self._elapsed_steps >= self.max_episode_steps)
+            if frames is not None:
+                frames.append(self.render_rgb_array()[0].cpu().numpy())
+            if (terminated | truncated).all():
+                break
+        return total, terminated, truncated, dict(info, success=terminated)
+
+
+class PushCube(TabletopEnv):
+    """Push the cube into the coloured square and let it come to rest there (the paper's push cube task)."""
+
+    instruction = "push the cube to the target"
+    max_episode_steps = 56
+    start_gripper = -1.0
+    half_size, tolerance, at_rest = 0.025, 0.025, 0.03  # m, m, m/s
+
+    def _load_objects(self):
+        d = self.domain
+        self.cube = self.box("cube", [self.half_size] * 3, d.object_color, mass=d.object_mass)
+        self.goal = self.box("goal", (self.half_size + self.tolerance,) * 2 + (0.001,), d.goal_color, collide=False)
+
+    def _place_objects(self, env_idx):
+        b = len(env_idx)
+        x, y, yaw, distance, angle = (torch.rand(5, b, device=self.device) * 2 - 1).unbind(0)
+        cube = torch.stack([0.46 + 0.04 * x, 0.10 * y, torch.full_like(x, self.half_size)], -1)
+        heading, length = 0.35 * angle, 0.15 + 0.03 * distance
+        goal = cube + torch.stack([length * heading.cos(), length * heading.sin(), -cube[:, 2]], -1)
+        zero = torch.zeros_like(x)
+        self.cube.set_pose(Pose.create_from_pq(cube, torch.stack(
+            [(0.15 * yaw).cos(), zero, zero, (0.15 * yaw).sin()], -1)))
+        self.goal.set_pose(Pose.create_from_pq(goal))
+
+    def evaluate(self):
+        distance = torch.linalg.norm(self.goal.pose.p[:, :2] - self.cube.pose.p[:, :2], dim=-1)
+        speed = torch.linalg.norm(self.cube.linear_velocity, dim=-1)
+        return dict(success=(distance < self.tolerance) & (speed < self.at_rest), distance=distance)
+
+    def potential(self):
+        """0 .. 0.75: nearness of the TCP to the cube's far side (a quarter), of the cube to the goal (the rest)."""
+        cube, way = self.cube.pose.p, self.goal.pose.p - self.cube.pose.p
+        distance = torch.linalg.norm(way[:, :2], dim=-1)
+        behind = cube - torch.nn.functional.normalize(way * torch.tensor([1.0, 1, 0], device=self.device), dim=-1) * 0.035
+        reach = torch.linalg.norm(self.tcp.p - behind, dim=-1)
+        return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (1 - torch.tanh(8 * distance))
+
+    def expert(self, rng):
+        """Yields actions [7] as a person would move: own pace, pauses, a misjudged line that is corrected late."""
+        pace, misjudged, patience = rng.uniform(0.7, 1.2), rng.normal(0, 0.007), rng.uniform(0.3, 0.7)
+        velocity, way = np.zeros(3), np.zeros(2)
+
+        def towards(target, speed):
+            nonlocal velocity
+            step = target - self.commanded[0].numpy()
+            step *= min(1, speed * pace / CONTROL_HZ / (np.linalg.norm(step) + 1e-9))
+            velocity = 0.3 * velocity + 0.7 * step  # nobody starts or stops at once
+            return np.float32([*(velocity + rng.normal(0, 0.0005, 3)), 0, 0, 0, -1])
+
+        def look():
+            """TCP [3], push direction [2], its normal [2], cube to goal (m), TCP's lateral offset from the cube (m)."""
+            nonlocal way
+            tcp, cube, goal = (p[0].numpy() for p in (self.tcp.p, self.cube.pose.p, self.goal.pose.p))
+            left = np.linalg.norm((goal - cube)[:2])
+            if left > self.tolerance or not way.any():  # nearer than that the direction means nothing
+                way = (goal - cube)[:2] / left
+            side = np.array([-way[1], way[0]])
+            return tcp, cube, side, left, (tcp - cube)[:2] @ side
+
+        while True:
+            for gap, height, speed in ((0.04, 0.09, 0.25), (0.025, 0.02, 0.2)):  # over the far side, then down
+                while True:
+                    tcp, cube, side, start, _ = look()
+                    target = np.array([*(cube[:2] - way * (self.half_size + 0.009 + gap) + side * misjudged), height])
+                    if np.linalg.norm(target - tcp) < 0.007:
+                        break
+                    yield towards(target, speed)
+                for _ in range(rng.integers(1, 5) if rng.random() < 0.35 else 0):
+                    yield towards(self.commanded[0].numpy(), 0)
+            while True:
+                tcp, cube, side, left, lateral = look()
+                if abs(lateral) > 0.024 or (cube - tcp)[:2] @ way < 0:
+                    break  # the cube has slipped away, or gone too far: lift and come again
+                correction = -lateral * (0.8 if left < start * patience else 0.1)
+                ahead = way * (left + 0.005 if left > 0.01 else 0) + side * correction
+                target = np.array([*(tcp[:2] + ahead), 0.02])
+                underway = (self.commanded[0].numpy() - tcp)[:2] @ way  # what the arm still lags
+                yield towards(target, 0.2 * np.clip((left - underway) / 0.08, 0.15, 1))
+            for _ in range(4):
+                yield towards(tcp + np.array([*(-way * 0.02), 0.08]), 0.25)
+
+
+TASKS = {"push_cube": PushCube}
+
+
+def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
+    """One environment, or one clear line where nothing can render."""
+    if task not in TASKS:
+        raise SystemExit(f"no task '{task}': choose one of {', '.join(TASKS)} (envs.TASKS)")
+    try:
+        return TASKS[task](domain, **kwargs)
+    except RuntimeError as error:
+        if "rendering device" not in str(error):
+            raise
+        raise SystemExit("SAPIEN finds no Vulkan device to render with: run `make setup`, or install a GPU's Vulkan "
+                         "driver, or Mesa's lavapipe >= 24.3 (package mesa-vulkan-drivers)") from error
+
+
+# ------------------------------------------------------------------------------------------------------- demonstrations
+_cached: dict = {}  # a process that demonstrates keeps its environment: making one takes seconds
+
+
+def demonstrate(task: str, domain: Domain, seed: int) -> dict:
+    """One episode of the scripted expert, rendered at every control step.
+
+    -> image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what was seen
+    and then done at control step t.
+    """
+    if (task, domain) not in _cached:
+        _cached[task, domain] = make(task, domain)
+    env = _cached[task, domain]
+    env.reset(seed=[seed])
+    steps = []
+    for action in env.expert(np.random.default_rng(seed)):
+        obs = env.observe()
+        steps.append((obs["image"][0].numpy(), obs["state"][0].numpy(), action))
+        _, terminated, truncated, _ = env.step_chunk(torch.from_numpy(action)[None, None])
+        if terminated or truncated:
+            break
+    image, state, action = (np.stack(column) for column in zip(*steps))
+    return dict(image=image, state=state, action=action, prompt=env.instruction, success=bool(terminated), seed=seed)
+
+
+# ------------------------------------------------------------------------------------------------------- vectorised env
+def _worker(pipe, task, domain, seeds, stride, kwargs):
+    """Steps several environments in one process. One ManiSkill process takes half a GB, one more scene almost nothing.
+
+    Environment i plays the seeds seeds[i], seeds[i] + stride, ... one episode after the other.
+    """
+    torch.set_num_threads(1)
+    try:
+        envs, seeds = [make(task, domain, **kwargs) for _ in seeds], list(seeds)
+
+        def start(i):
+            envs[i].reset(seed=[seeds[i]])
+            seeds[i] += stride
+
+        def see(env):
+            obs = env.observe()
+            return obs["image"][0].numpy(), obs["state"][0].numpy()
+
+        pipe.send(envs[0].instruction)
+        while True:
+            command, data = pipe.recv()
+            if command == "reset":
+                seeds = list(data)
+                for i in range(len(envs)):
+                    start(i)
+                pipe.send([see(env) for env in envs])
+            elif command == "step":
+                replies = []
+                for i, (env, actions) in enumerate(zip(envs, data)):
+                    if actions is None:
+                        replies.append(None)
+                        continue
+                    reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(actions)[None])
+                    length = int(env.elapsed_steps[0])
+                    final = see(env) if truncated else None  # only a truncated episode's end is bootstrapped from
+                    if terminated or truncated:
+                        start(i)
+                    replies.append((see(env), float(reward), bool(terminated), bool(truncated), length, final))
+                pipe.send(replies)
+            else:
+                return
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except BaseException as error:
+        pipe.send(RuntimeError(f"an environment worker failed: {error}\n{traceback.format_exc()}"))
+
+
+class VecEnv:
+    """Environments of one task and domain in worker processes, stepped a chunk at a time, reset by themselves."""
+
+    def __init__(self, task: str, domain: Domain, num_envs=32, workers: int | None = None, **kwargs):
+        workers = max(1, min(workers or os.cpu_count() or 1, num_envs))
+        self.num_envs, self.pipes, self.processes = num_envs, [], []
+        self.slices = [range(w, num_envs, workers) for w in range(workers)]
+        context = mp.get_context("spawn")
+        for rows in self.slices:
+            pipe, child = context.Pipe()
+            process = context.Process(target=_worker, daemon=True,
+                                      args=(child, task, domain, [0] * len(rows), num_envs, kwargs))
+            process.start()
+            child.close()
+            self.pipes.append(pipe), self.processes.append(process)
+        self.instruction = [self._receive(pipe) for pipe in self.pipes][0]
+        self.max_episode_steps = TASKS[task].max_episode_steps
+
+    @staticmethod
+    def _receive(pipe):
+        try:
+            reply = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise SystemExit("an environment worker died: its message is above (out of memory if there is none)")
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def _exchange(self, command, rows):
+        for pipe, indices in zip(self.pipes, self.slices):
+            pipe.send((command, [rows[i] for i in indices]))
+        replies = [None] * self.num_envs
+        for pipe, indices in zip(self.pipes, self.slices):
+            for i, reply in zip(indices, self._receive(pipe)):
+                replies[i] = reply
+        return replies
+
+    def _stack(self, seen):
+        image, state = (torch.from_numpy(np.stack(column)) for column in zip(*seen))
+        return dict(image=image, state=state, prompt=[self.instruction] * len(seen))
+
+    def reset(self, seed: int) -> dict:
+        """Start every environment anew. Environment i plays the episodes seed + i, seed + i + num_envs, ..."""
+        self.obs = self._stack(self._exchange("reset", [seed + i for i in range(self.num_envs)]))
+        return self.obs
+
+    def step(self, actions):
+        """actions float32 [B,C,7] -> obs, reward [B], terminated [B], truncated [B], info.
+
+        Episodes that end are reset, so `obs` then is the next episode's first; info["final_obs"] has the last
+        observations of the truncated ones, in row order, to bootstrap their value from; info["length"] [B] is the
+        episode's length so far in control steps.
+        """
+        replies = self._exchange("step", np.asarray(actions, np.float32))
+        seen, reward, terminated, truncated, length, final = zip(*replies)
+        self.obs, final = self._stack(seen), [f for f in final if f is not None]
+        return (self.obs, torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated),
+                dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None))
+
+    def evaluate(self, act, seeds: range, progress=None) -> dict:
+        """Play exactly the episodes `seeds` (consecutive) with `act(obs) -> actions [B,C,7]`.
+
+        -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds.
+        """
+        success, length, total = np.zeros(len(seeds), bool), np.zeros(len(seeds), int), np.zeros(len(seeds))
+        episode = list(range(self.num_envs))  # index into `seeds` of what each environment plays
+        obs = self.reset(seeds[0])
+        while rows := [i for i in range(self.num_envs) if episode[i] < len(seeds)]:
+            chosen = {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
+            actions = dict(zip(rows, np.asarray(act(chosen), np.float32)))
+            replies = self._exchange("step", [actions.get(i) for i in range(self.num_envs)])
+            for i in rows:
+                (image, state), reward, terminated, truncated, steps, _ = replies[i]
+                obs["image"][i], obs["state"][i] = torch.from_numpy(image), torch.from_numpy(state)
+                total[episode[i]] += reward
+                if terminated or truncated:
+                    success[episode[i]], length[episode[i]] = terminated, steps
+                    episode[i] += self.num_envs
+                    if progress is not None:
+                        progress.update()
+        return dict(success=success, length=length, reward=total)
+
+    def close(self):
+        for pipe, process in zip(self.pipes, self.processes):
+            try:
+                pipe.send(("close", None))
+            except (BrokenPipeError, OSError):
+                pass
+            process.join(5)
+            process.kill()
