@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -48,11 +49,11 @@ def _stats(x):
 
 def _image_stats(histogram, count):
     """The same for images: [3,1,1], pixels in 0..1; from how many pixels have each of the 256 values, [3,256]."""
-    value, share = np.arange(256) / 255, histogram / histogram.sum(1, keepdims=True)
-    mean = share @ value
-    stats = dict(mean=mean, std=np.sqrt(np.maximum(share @ value**2 - mean**2, 0)))
-    for name, q in {"min": 1e-12, "max": 1 - 1e-12, **QUANTILES}.items():
-        stats[name] = value[(share.cumsum(1) >= q).argmax(1)]
+    value, pixels = np.arange(256) / 255, histogram[0].sum()
+    mean = histogram @ value / pixels
+    stats = dict(mean=mean, std=np.sqrt(np.maximum(histogram @ value**2 / pixels - mean**2, 0)))
+    for name, q in {"min": 0, "max": 1, **QUANTILES}.items():
+        stats[name] = value[(histogram.cumsum(1) >= max(q * pixels, 1)).argmax(1)]
     return {name: x.reshape(3, 1, 1) for name, x in stats.items()} | {"count": np.array([count])}
 
 
@@ -80,7 +81,9 @@ class DatasetWriter:
         self.path, self.fps, self.video, self.robot_type = Path(path), fps, video, robot_type
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists already: delete it, or choose another folder")
-        self.root = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+        self.root = self.temporary / "dataset"  # mkdtemp's own folder is closed to other users
         (self.root / "meta/episodes/chunk-000").mkdir(parents=True)
         self.episodes, self.tasks, self.columns, self.frames = [], {}, [], 0
         self.histogram = np.zeros((3, 256), np.int64)
@@ -96,7 +99,7 @@ class DatasetWriter:
                 self._write_meta()
                 os.rename(self.root, self.path)
         finally:
-            shutil.rmtree(self.root, ignore_errors=True)
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
     def add_episode(self, episode):
         """Append {"image" uint8 [T,H,W,3], "state" [T,7], "action" [T,7], "prompt" str} and, if it has them,
@@ -125,7 +128,7 @@ class DatasetWriter:
             pngs = pa.array(map(_encode_png, image), pa.binary())
             table[IMAGE] = pa.StructArray.from_arrays([pngs, pa.nulls(length, pa.string())], ["bytes", "path"])
         table = pa.table(table)
-        if not self.files or sum(path.stat().st_size for path in self.files) > FILE_BYTES:
+        if not self.files or sum(path.stat().st_size for path in self.files if path.exists()) > FILE_BYTES:
             self._close_files()
             self._open_files(table.schema)
         self.data_file.write_table(table)  # a row group an episode: its frames can be read without the others
@@ -253,7 +256,7 @@ def load_dataset(path, max_bytes=4 << 30):
         fps, shapes = info["fps"], {key: tuple(feature["shape"]) for key, feature in info["features"].items()}
         cameras = {key: f["dtype"] for key, f in info["features"].items() if f["dtype"] in ("image", "video")}
         if info["codebase_version"] not in ("v2.1", "v3.0"):
-            raise ValueError(f"{root}: codebase_version {info['codebase_version']} is unknown; v2.1 and v3.0 can be read")
+            raise ValueError(f"{root}: codebase_version {info['codebase_version']} is not v2.1 or v3.0")
         for key in (STATE, ACTION):
             if shapes[key] != (len(DIMS),):
                 raise ValueError(f"{root}: {key} has shape {list(shapes[key])}, not [{len(DIMS)}] ({', '.join(DIMS)})")

@@ -30,6 +30,7 @@ from mani_skill.utils import sapien_utils
 from mani_skill.utils.geometry.rotation_conversions import euler_angles_to_matrix, matrix_to_euler_angles
 from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
+from tqdm import tqdm
 
 CONTROL_HZ = 10
 # Every use of the environments has its own seeds, a million apart: nothing is ever evaluated on what it was trained on.
@@ -534,7 +535,6 @@ def _worker(pipe, task, domain, seeds, stride, kwargs):
             obs = env.observe()
             return obs["image"][0].numpy(), obs["state"][0].numpy()
 
-        pipe.send(envs[0].instruction)
         while True:
             command, data = pipe.recv()
             if command == "reset":
@@ -564,7 +564,10 @@ def _worker(pipe, task, domain, seeds, stride, kwargs):
 
 
 class VecEnv:
-    """Environments of one task and domain in worker processes, stepped a chunk at a time, reset by themselves."""
+    """Environments of one task and domain in worker processes, stepped a chunk at a time, reset by themselves.
+
+    The processes start in the background, in some ten seconds; the first `reset` waits for them.
+    """
 
     def __init__(self, task: str, domain: Domain, num_envs=32, workers: int | None = None, **kwargs):
         workers = max(1, min(workers or os.cpu_count() or 1, num_envs))
@@ -578,8 +581,7 @@ class VecEnv:
             process.start()
             child.close()
             self.pipes.append(pipe), self.processes.append(process)
-        self.instruction = [self._receive(pipe) for pipe in self.pipes][0]
-        self.max_episode_steps = TASKS[task].max_episode_steps
+        self.instruction, self.max_episode_steps = TASKS[task].instruction, TASKS[task].max_episode_steps
 
     @staticmethod
     def _receive(pipe):
@@ -622,27 +624,29 @@ class VecEnv:
         return (self.obs, torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated),
                 dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None))
 
-    def evaluate(self, act, seeds: range, progress=None) -> dict:
-        """Play exactly the episodes `seeds` (consecutive) with `act(obs) -> actions [B,C,7]`.
+    def evaluate(self, act, seeds: range, progress: str | None = None) -> dict:
+        """Play exactly the episodes `seeds` (consecutive) with `act(obs) -> actions [B,C,7]`; the same every time.
 
         -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds.
         """
         success, length, total = np.zeros(len(seeds), bool), np.zeros(len(seeds), int), np.zeros(len(seeds))
         episode = list(range(self.num_envs))  # index into `seeds` of what each environment plays
-        obs = self.reset(seeds[0])
-        while rows := [i for i in range(self.num_envs) if episode[i] < len(seeds)]:
-            chosen = {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
-            actions = dict(zip(rows, np.asarray(act(chosen), np.float32)))
-            replies = self._exchange("step", [actions.get(i) for i in range(self.num_envs)])
-            for i in rows:
-                (image, state), reward, terminated, truncated, steps, _ = replies[i]
-                obs["image"][i], obs["state"][i] = torch.from_numpy(image), torch.from_numpy(state)
-                total[episode[i]] += reward
-                if terminated or truncated:
-                    success[episode[i]], length[episode[i]] = terminated, steps
-                    episode[i] += self.num_envs
-                    if progress is not None:
-                        progress.update()
+        with torch.random.fork_rng(), tqdm(total=len(seeds), desc=progress, unit="episode", leave=False,
+                                           disable=progress is None) as bar:
+            torch.manual_seed(seeds[0])
+            obs = self.reset(seeds[0])
+            while rows := [i for i in range(self.num_envs) if episode[i] < len(seeds)]:
+                playing = {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
+                actions = dict(zip(rows, np.asarray(act(playing), np.float32)))
+                replies = self._exchange("step", [actions.get(i) for i in range(self.num_envs)])
+                for i in rows:
+                    (image, state), reward, terminated, truncated, steps, _ = replies[i]
+                    obs["image"][i], obs["state"][i] = torch.from_numpy(image), torch.from_numpy(state)
+                    total[episode[i]] += reward
+                    if terminated or truncated:
+                        success[episode[i]], length[episode[i]] = terminated, steps
+                        episode[i] += self.num_envs
+                        bar.update()
         return dict(success=success, length=length, reward=total)
 
     def close(self):

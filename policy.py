@@ -341,6 +341,9 @@ class Pi05(Policy):
         siglip._attn_implementation = "sdpa"
         tower = nn.Module()
         tower.embeddings = SiglipVisionEmbeddings(siglip)
+        # SigLIP's own initialisation: with torch's default the positions would drown the pixels of a new model
+        nn.init.normal_(tower.embeddings.position_embedding.weight, std=vision["hidden_size"] ** -0.5)
+        nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * vision["patch_size"] ** 2) ** -0.5)
         del tower.embeddings.position_ids  # not in checkpoints, so it could not come back from the meta device
         tower.encoder = SiglipEncoder(siglip)
         tower.post_layernorm = nn.LayerNorm(vision["hidden_size"], siglip.layer_norm_eps)

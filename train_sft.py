@@ -1,0 +1,184 @@
+"""Stage I of RL-Co: supervised co-training on simulated and real demonstrations (arXiv 2602.12628, section III).
+
+    L_SFT(theta; alpha) = alpha * E_{D_sim}[l] + (1 - alpha) * E_{D_real}[l]
+
+    python train_sft.py                                  # SFT co-training of the tiny pi0.5 on push cube
+    python train_sft.py --alpha 0 --out runs/real_only   # the real-only baseline
+
+Without a robot the real demonstrations come from the stand-in; the default data is collected when it is missing.
+Progress is in OUT/tensorboard, checkpoints in OUT/best and OUT/last. The same command again resumes a killed run.
+"""
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import data
+import envs
+from policy import load_policy
+
+
+@dataclass
+class Args:
+    """Stage I: supervised fine-tuning on real and simulated demonstrations mixed at ratio alpha."""
+
+    policy: str = "tiny-pi05"
+    """a preset (random weights), a checkpoint's folder or its name on the Hub"""
+    task: str = "push_cube"
+    """a task of envs.py; names the default data and the environment that is evaluated in"""
+    sim: Path | None = None
+    """simulated demonstrations, a LeRobot dataset (default: demos/TASK-twin)"""
+    real: Path | None = None
+    """real demonstrations, a LeRobot dataset (default: demos/TASK-standin, which plays the robot)"""
+    real_val: Path | None = None
+    """held-out real demonstrations, on which only the imitation loss is measured (default: demos/TASK-standin-val)"""
+    alpha: float = 0.8
+    """share of simulated samples in every batch: 0 is real-only, 1 is sim-only"""
+    train: Literal["all", "expert"] = "all"
+    """which weights train: all of them, or the action expert and the heads alone"""
+    steps: int = 2000
+    """gradient steps"""
+    batch_size: int = 128
+    lr: float = 1e-3
+    """peak learning rate; 2 % linear warm-up, then a cosine to a tenth"""
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    evaluations: int = 4
+    """evaluations in the twin and the stand-in, the last one at the end"""
+    eval_episodes: int = 64
+    """episodes of each evaluation, on validation seeds"""
+    num_envs: int = 16
+    """environments that evaluate in parallel, spread over the cores"""
+    workers: int = 0
+    """processes that load batches; 0 loads in this one, the fastest while the frames fit in memory"""
+    seed: int = 1
+    out: Path = Path("runs/sft")
+    """folder of the run"""
+    wandb: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+
+
+def main(args: Args):
+    demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"), real=args.real or Path(f"demos/{args.task}-standin"),
+                 val=args.real_val or Path(f"demos/{args.task}-standin-val"))
+    if not (args.sim or args.real or args.real_val):
+        data.main(data.Args(task=args.task))
+    real = data.load_dataset(demos["real"]) if args.alpha < 1 else None
+    sim = data.load_dataset(demos["sim"]) if args.alpha > 0 else None
+    val = data.load_dataset(demos["val"])
+
+    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(args.policy, stats=data.statistics(*(d for d in (real, sim) if d is not None))).to(device)
+    policy.freeze(args.train)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+
+    def schedule(step):
+        warmup = min(1, (step + 1) / (0.02 * args.steps))
+        return warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * step / args.steps)) / 2)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    batches = data.Mixture(real, sim, args.alpha, args.batch_size, policy.horizon, args.seed)
+    held_out = data.Mixture(val, None, 0, 256, policy.horizon, seed=0)[0]
+
+    # resume a killed run, leave a finished one alone
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(asdict(args), default=str))
+    state_file, step, best = args.out / "trainer.pt", 0, -1.0
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - {"workers", "num_envs", "wandb"}:
+            raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
+                             f"or delete that folder")
+        step, best = state["step"], state["best"]
+        if step == args.steps:
+            print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
+            return
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"].cpu())
+        print(f"{args.out}: resuming at step {step}")
+
+    if args.wandb:
+        import wandb
+        wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
+    writer = SummaryWriter(args.out / "tensorboard", purge_step=step or None)
+    writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
+    twin, standin = (envs.VecEnv(args.task, domain, args.num_envs) for domain in (envs.TWIN, envs.STANDIN))
+    seeds = range(envs.SEEDS["validation"], envs.SEEDS["validation"] + args.eval_episodes)
+    eval_every = math.ceil(args.steps / args.evaluations)
+    print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
+
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, args.steps), num_workers=args.workers))
+    bar, last_print = tqdm(total=args.steps, initial=step, desc="stage I", unit="step"), time.time()
+    for batch in loader:
+        loss = policy.sft_loss(batch, reduce=False)
+        optimizer.zero_grad()
+        loss.mean().backward()  # alpha is in the batch: its share of simulated samples
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
+        if not torch.isfinite(grad_norm):
+            raise SystemExit(f"the loss is {loss.mean().item()} at step {step}: lower --lr; {args.out}/last is the last "
+                             f"good checkpoint")
+        optimizer.step()
+        scheduler.step()
+        step += 1
+        bar.update()
+
+        if step % 20 == 0:
+            is_sim = batch["is_sim"].to(loss.device)
+            for name, rows in (("sim", is_sim), ("real", ~is_sim)):
+                if rows.any():
+                    writer.add_scalar(f"loss/{name}", loss[rows].mean().item(), step)
+            writer.add_scalar("loss/total", loss.mean().item(), step)
+            writer.add_scalar("charts/grad_norm", grad_norm.item(), step)
+            writer.add_scalar("charts/learning_rate", scheduler.get_last_lr()[0], step)
+            bar.set_postfix(loss=f"{loss.mean().item():.3f}")
+
+        if step % eval_every == 0 or step == args.steps:
+            policy.eval()
+            success = {}
+            for name, env in (("twin", twin), ("standin", standin)):
+                result = env.evaluate(lambda obs: policy.act(obs, sample=False).actions.cpu(), seeds, f"  {name}")
+                success[name] = result["success"].mean()
+                writer.add_scalar(f"eval/success_{name}", success[name], step)
+                writer.add_scalar(f"eval/length_{name}", result["length"].mean(), step)
+            with torch.no_grad(), torch.random.fork_rng():
+                torch.manual_seed(0)
+                val_loss = policy.sft_loss(held_out).item()
+            writer.add_scalar("loss/real_held_out", val_loss, step)
+            policy.train()
+            tqdm.write(f"step {step}: success twin {success['twin']:.0%}, stand-in {success['standin']:.0%}; "
+                       f"held-out real loss {val_loss:.3f}")
+            policy.save(args.out / "last")
+            if success["twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
+                best = float(success["twin"])
+                policy.save(args.out / "best")
+            torch.save(dict(args=settings, step=step, best=best, policy=policy.state_dict(), rng=torch.get_rng_state(),
+                            optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()),
+                       state_file.with_suffix(".tmp"))
+            os.replace(state_file.with_suffix(".tmp"), state_file)
+    bar.close(), writer.close(), twin.close(), standin.close()
+    print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
+          f"tensorboard --logdir {args.out}; next: python train_rlco.py")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"train_sft.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command resumes") from None
