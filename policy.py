@@ -566,6 +566,11 @@ class Pi05(Policy):
         logprob = self.chain_logprob(chain, prefix)[0] if sample else torch.zeros_like(value)
         return Decision(unnormalize(self.sampled(chain[:, -1]), self.stat("action")), chain, logprob, value)
 
+    @torch.no_grad()
+    def value(self, obs: dict) -> torch.Tensor:
+        """Value [B] of observations that nothing is done in: to bootstrap from the end of a rollout."""
+        return self.value_head(self.observe(obs, feature=True).feature).squeeze(-1)
+
     def evaluate(self, obs: dict, latent: torch.Tensor):
         """logprob [B], entropy [B], value [B] of the chains [B,K+1,H,D] that `act` returned."""
         prefix = self.observe(obs, feature=True)

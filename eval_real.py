@@ -1,0 +1,155 @@
+"""Success rates of checkpoints: on the robot's stand-in, and in the twin. The comparison table, videos, a JSON file.
+
+    python eval_real.py                                              # stage I beside stage II, the defaults' checkpoints
+    python eval_real.py --policies runs/real_only/best runs/sft/best runs/rlco/best --episodes 200
+
+The stand-in is a second simulated domain that is never trained on by RL; it is not a real robot. Evaluation seeds are
+disjoint from those of training, of the demonstrations and of the validation during training. The same command gives
+the same numbers.
+"""
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+import transformers
+import tyro
+
+import envs
+from policy import load_policy
+
+
+@dataclass
+class Args:
+    """Evaluate checkpoints: success rate with a 95 % Wilson interval, mean episode length, videos."""
+
+    policies: tuple[str, ...] = ("runs/sft/best", "runs/rlco/best")
+    """checkpoints to compare: folders, or names on the Hub"""
+    task: str = "push_cube"
+    """a task of envs.py"""
+    target: Literal["standin", "twin", "both"] = "both"
+    """where: in the stand-in (which plays the real robot), in the twin, or in both"""
+    episodes: int = 100
+    """episodes for each checkpoint and domain, the same for all of them"""
+    num_envs: int = 32
+    """environments in parallel, spread over the cores"""
+    videos: int = 2
+    """recorded episodes of each kind, successes and failures, of each checkpoint; 0 records nothing"""
+    out: Path = Path("runs/eval")
+    """folder of results.json and the videos"""
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % confidence interval of a success rate (Wilson 1927), also right near 0 and 1."""
+    p = successes / n
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+
+
+def record(act, task, domain, seed):
+    """Play one episode -> video frames [H,W,3] of every control step, success."""
+    env = envs.make(task, domain)
+    env.reset(seed=[seed])
+    frames = [env.render_rgb_array()[0].cpu().numpy()]
+    terminated = truncated = torch.zeros(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        while not (terminated.any() or truncated.any()):
+            _, terminated, truncated, _ = env.step_chunk(act(env.observe()), frames)
+    env.close()
+    return frames, bool(terminated)
+
+
+def write_video(path: Path, columns: list, fps=envs.CONTROL_HZ):
+    """H.264 video of columns of frames, side by side; the shorter ones hold their last frame. Whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    with av.open(str(temporary), "w", format="mp4") as video:
+        stream = video.add_stream("libx264", rate=fps, options={"crf": "20"})
+        stream.height, stream.width, stream.pix_fmt = *np.concatenate([c[0] for c in columns], 1).shape[:2], "yuv420p"
+        for t in range(max(map(len, columns)) + fps):  # one second on the end
+            frame = np.concatenate([c[min(t, len(c) - 1)] for c in columns], 1)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode())
+    os.replace(temporary, path)
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a row for each checkpoint, a column for each domain."""
+    domains = list(dict.fromkeys(r["domain"] for r in results))
+    lines = ["| checkpoint | " + " | ".join(f"{d}{' (not a real robot)' if d == 'standin' else ''}: success [95 %], "
+                                            f"steps" for d in domains) + " |", "| --- |" + " --- |" * len(domains)]
+    for policy in dict.fromkeys(r["policy"] for r in results):
+        cells = [f"{100 * r['success_rate']:.0f} % [{100 * r['wilson'][0]:.0f}, {100 * r['wilson'][1]:.0f}] of "
+                 f"{r['episodes']}, {r['mean_length']:.0f}" for d in domains for r in results
+                 if r["policy"] == policy and r["domain"] == d]
+        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(args: Args):
+    if missing := [p for p in args.policies if p.startswith("runs/") and not Path(p).exists()]:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, "
+                                f"then `python train_rlco.py` runs/rlco/best")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policies = {name: load_policy(name).to(device).eval() for name in args.policies}
+    names = ["standin", "twin"] if args.target == "both" else [args.target]
+    seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
+    (args.out / "videos").mkdir(parents=True, exist_ok=True)
+
+    acts = {name: lambda obs, p=p: p.act(obs, sample=False).actions.cpu() for name, p in policies.items()}
+    results, worlds = [], {name: envs.VecEnv(args.task, envs.DOMAINS[name], args.num_envs) for name in names}
+    for name, world in worlds.items():
+        for policy, act in acts.items():
+            played, start = world.evaluate(act, seeds, f"{policy}, {name}"), time.time()
+            successes = int(played["success"].sum())
+            results.append(dict(policy=policy, domain=name, task=args.task, episodes=args.episodes, seeds=[seeds[0], seeds[-1]],
+                                successes=successes, success_rate=successes / args.episodes,
+                                wilson=wilson(successes, args.episodes), mean_length=float(played["length"].mean()),
+                                success=played["success"].tolist(), length=played["length"].tolist()))
+        world.close()
+    write_json(args.out / "results.json", dict(args=json.loads(json.dumps(asdict(args), default=str)), results=results,
+                                               **provenance()))
+
+    if args.videos:
+        for r in results:
+            label = f"{r['policy'].strip('./').replace('/', '-')}_{r['domain']}"
+            for kind in (True, False):
+                episodes = [s for s, won in zip(seeds, r["success"]) if won == kind][:args.videos]
+                for seed in episodes:
+                    frames, won = record(acts[r["policy"]], args.task, envs.DOMAINS[r["domain"]], seed)
+                    write_video(args.out / f"videos/{label}_{seed}_{'success' if won else 'failure'}.mp4", [frames])
+        last = args.policies[-1]
+        write_video(args.out / "twin_and_standin.mp4",
+                    [record(acts[last], args.task, envs.DOMAINS[d], seeds[0])[0] for d in ("twin", "standin")])
+    print(f"\n{table(results)}\n\n{args.task}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"
+          f"{', videos and twin_and_standin.mp4' if args.videos else ''} in {args.out}")
+
+
+def write_json(path: Path, content):
+    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def provenance() -> dict:
+    """What else it takes to get the same numbers again."""
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                            capture_output=True, text=True).stdout.strip()
+    return dict(commit=commit, python=platform.python_version(), torch=torch.__version__,
+                transformers=transformers.__version__, threads=torch.get_num_threads(), cpu=platform.processor())
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"eval_real.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None

@@ -1,0 +1,302 @@
+"""Stage II of RL-Co: PPO in the twin, anchored to the real demonstrations (arXiv 2602.12628, section III).
+
+    L(theta) = L_RL(theta; T_sim) + beta * E_{D_real}[l]
+
+    python train_rlco.py                              # from runs/sft/best, the anchor on
+    python train_rlco.py --beta 0 --out runs/rl       # plain RL in the twin
+
+Progress is in OUT/tensorboard and OUT/metrics.json, the curve in OUT/learning_curve.png, checkpoints in OUT/best and
+OUT/last. The same command again resumes a killed run at the iteration that it was in.
+"""
+import json
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import data
+import envs
+from policy import cat_obs, index_obs, load_policy
+
+
+@dataclass
+class Args:
+    """Stage II: RL in the simulated twin, with a supervised loss on real demonstrations as an anchor."""
+
+    policy: str = "runs/sft/best"
+    """the stage I checkpoint: a folder, or a name on the Hub"""
+    task: str = "push_cube"
+    """a task of envs.py"""
+    real: Path | None = None
+    """real demonstrations of the anchor, a LeRobot dataset (default: demos/TASK-standin, which plays the robot)"""
+    real_val: Path | None = None
+    """held-out real demonstrations, on which forgetting is measured (default: demos/TASK-standin-val)"""
+    beta: float = 0.2
+    """weight of the supervised loss on real demonstrations; 0 is plain RL"""
+    train: Literal["all", "expert"] = "expert"
+    """which weights train: all of them, or the action expert and the heads alone (the frozen part is computed once)"""
+    iterations: int = 24
+    """rollouts, each followed by an update"""
+    num_envs: int = 64
+    """environments, spread over the cores; each plays one episode, or more, an iteration"""
+    update_epochs: int = 2
+    minibatch_size: int = 128
+    """decisions (chunks) in a gradient step; the anchor adds as many real samples"""
+    lr: float = 1e-4
+    value_lr: float = 1e-3
+    gamma: float = 0.99
+    """discount of a decision (chunk)"""
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    """of the probability ratio"""
+    value_clip: float = 0.2
+    huber_delta: float = 10.0
+    value_coef: float = 0.5
+    entropy_coef: float = 0.0
+    max_grad_norm: float = 1.0
+    target_kl: float = 0.05
+    """an iteration's update stops when the approximate KL divergence exceeds it"""
+    critic_warmup: int = 1
+    """first iterations that train only the critic"""
+    eval_every: int = 4
+    """iterations between evaluations in the twin and the stand-in"""
+    eval_episodes: int = 64
+    """episodes of each evaluation, on validation seeds"""
+    seed: int = 1
+    out: Path = Path("runs/rlco")
+    """folder of the run"""
+    wandb: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+
+
+def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
+    """Generalised advantage estimation over decisions (Schulman 2016, eq. 16); all [T,B] -> advantage, return [T,B].
+
+    next_value[t] is the value of what followed decision t; where an episode was truncated, of its last observation
+    before the reset. A terminated episode has no value left; neither kind of end lets later rewards flow back.
+    """
+    advantage, last = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        delta = reward[t] + gamma * next_value[t] * ~terminated[t] - value[t]
+        last = advantage[t] = delta + gamma * gae_lambda * ~done[t] * last
+    return advantage, advantage + value
+
+
+def rlco_loss(policy, rollout, real_batch, args):
+    """The stage II objective on a minibatch of decisions and one of real samples -> loss, its parts (a dict).
+
+    `rollout` has obs, latent, logprob, value, advantage, returns, all as they were when the policy acted. Without
+    `real_batch` (beta = 0) there is no anchor. PPO's clipped surrogate (Schulman 2017, eq. 7) and clipped Huber value
+    loss.
+    """
+    logprob, entropy, value = policy.evaluate(rollout["obs"], rollout["latent"])
+    log_ratio = logprob - rollout["logprob"]
+    ratio = log_ratio.exp()
+    surrogate = torch.min(ratio * rollout["advantage"], ratio.clamp(1 - args.clip, 1 + args.clip) * rollout["advantage"])
+    value_near = rollout["value"] + (value - rollout["value"]).clamp(-args.value_clip, args.value_clip)
+    value_loss = torch.max(*(F.huber_loss(v, rollout["returns"], reduction="none", delta=args.huber_delta)
+                             for v in (value, value_near))).mean()
+    ppo = -surrogate.mean() - args.entropy_coef * entropy.mean() + args.value_coef * value_loss
+    anchor = policy.sft_loss(real_batch) if real_batch is not None else torch.zeros_like(ppo)
+    parts = dict(ppo=ppo, anchor=anchor, policy=-surrogate.mean(), value=value_loss, entropy=entropy.mean(),
+                 approx_kl=(ratio - 1 - log_ratio).mean(), clip_fraction=((ratio - 1).abs() > args.clip).float().mean())
+    return ppo + args.beta * anchor, parts
+
+
+def plot(metrics, path):
+    """Learning curve: success over iterations, in the rollouts and on the validation seeds of both domains."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    for key, label, style in (("rollout/success", "twin, exploring", ":"), ("eval/success_twin", "twin", "-o"),
+                              ("eval/success_standin", "stand-in", "-s")):
+        points = [(m["iteration"], 100 * m[key]) for m in metrics if key in m]
+        axis.plot(*zip(*points), style, label=label)
+    axis.set(xlabel="RL iteration", ylabel="success (%)", ylim=(0, 100))
+    axis.grid(alpha=0.3), axis.legend()
+    figure.savefig(path, dpi=150), plt.close(figure)
+
+
+def main(args: Args):
+    real = data.load_dataset(args.real or Path(f"demos/{args.task}-standin"))
+    held_out = data.load_dataset(args.real_val or Path(f"demos/{args.task}-standin-val"))
+    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(args.policy).to(device)
+    policy.freeze(args.train)
+    critic = list(policy.value_head.parameters())
+    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not c for c in critic)]
+    optimizer = torch.optim.AdamW([dict(params=actor, lr=args.lr), dict(params=critic, lr=args.value_lr)],
+                                  betas=(0.9, 0.95), weight_decay=0)
+    real_batches = data.Mixture(real, None, 0, args.minibatch_size, policy.horizon, args.seed)
+    held_out = data.Mixture(held_out, None, 0, 256, policy.horizon, seed=0)[0]
+
+    # resume a killed run, leave a finished one alone
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(asdict(args), default=str))
+    state_file, start, updates, metrics = args.out / "trainer.pt", 0, 0, []
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - {"iterations", "wandb"}:
+            raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
+                             f"or delete that folder")
+        start, updates, metrics = state["iteration"], state["updates"], state["metrics"]
+        policy.load_state_dict(state["policy"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"].cpu())
+        if start < args.iterations:
+            print(f"{args.out}: resuming at iteration {start}")
+    best = max((m["eval/success_twin"] for m in metrics if "eval/success_twin" in m), default=-1.0)
+    if start >= args.iterations:
+        print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
+        return
+
+    if args.wandb:
+        import wandb
+        wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
+    writer = SummaryWriter(args.out / "tensorboard", purge_step=start or None)
+    twin, standin = envs.VecEnv(args.task, envs.TWIN, args.num_envs), envs.VecEnv(args.task, envs.STANDIN, 16)
+    decisions = -(-twin.max_episode_steps // policy.chunk)  # a rollout: the longest episode
+    val_seeds = range(envs.SEEDS["validation"], envs.SEEDS["validation"] + args.eval_episodes)
+    print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and {sum(p.numel() for p in critic):,}"
+          f" of the critic train on {device}; {args.num_envs} x {decisions} decisions an iteration; beta {args.beta}")
+
+    bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc="stage II", unit="iteration")
+    for iteration in bar:
+        log, began = dict(iteration=iteration), time.time()
+
+        if iteration % args.eval_every == 0:
+            evaluate(policy, dict(twin=twin, standin=standin), val_seeds, held_out, log)
+            if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
+                best = log["eval/success_twin"]
+                policy.save(args.out / "best")
+            tqdm.write(f"iteration {iteration}: success twin {log['eval/success_twin']:.0%}, stand-in "
+                       f"{log['eval/success_standin']:.0%}; held-out real loss {log['eval/real_loss']:.3f}")
+            began = time.time()
+
+        # rollout in the twin; every iteration has its own episodes, so that a resumed run is the same run
+        policy.eval()
+        obs = twin.reset(envs.SEEDS["rl"] + iteration * 10_000)
+        steps, control_steps = [], 0
+        for _ in range(decisions):
+            obs = policy.encode(obs)
+            decision = policy.act(obs, sample=True)
+            next_obs, reward, terminated, truncated, info = twin.step(decision.actions.cpu())
+            bootstrap = torch.zeros(args.num_envs)
+            if truncated.any():
+                bootstrap[truncated] = policy.value(info["final_obs"]).cpu()
+            steps.append(dict(obs=obs, latent=decision.latent, logprob=decision.logprob, value=decision.value,
+                              reward=reward, terminated=terminated, truncated=truncated, bootstrap=bootstrap))
+            obs = next_obs
+        final_value = policy.value(obs)
+
+        # advantages
+        column = {k: torch.stack([s[k] for s in steps]).to(device) for k in steps[0] if k not in ("obs", "latent")}
+        done = column["terminated"] | column["truncated"]
+        next_value = torch.cat([column["value"][1:], final_value[None]])
+        next_value = torch.where(column["truncated"], column["bootstrap"], next_value)
+        advantage, returns = gae(column["reward"], column["value"], next_value, column["terminated"], done, args.gamma,
+                                 args.gae_lambda)
+        explained = 1 - (returns - column["value"]).var() / returns.var().clamp(min=1e-8)
+        first = done.float().argmax(0)  # an environment's first episode: later ones may be cut by the rollout's end
+        log["rollout/success"] = column["terminated"].gather(0, first[None]).float().mean().item()
+        log["rollout/return"] = (column["reward"] * (torch.arange(decisions, device=device)[:, None] <= first)
+                                 ).sum(0).mean().item()
+        log["rollout/explained_variance"] = explained.item()
+        control_steps = decisions * policy.chunk * args.num_envs
+        log["time/rollout_steps_per_second"] = control_steps / (time.time() - began)
+
+        # update
+        policy.train()
+        rollout = dict(obs=cat_obs([s["obs"] for s in steps]), latent=torch.cat([s["latent"] for s in steps]),
+                       logprob=column["logprob"].flatten(), value=column["value"].flatten(),
+                       returns=returns.flatten(), advantage=((advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                                                             ).flatten())
+        warming_up, history, stop = iteration < args.critic_warmup, [], False
+        size = len(rollout["logprob"])
+        for _ in range(args.update_epochs):
+            for rows in torch.randperm(size).split(args.minibatch_size):
+                minibatch = {k: index_obs(v, rows) if k == "obs" else v[rows] for k, v in rollout.items()}
+                real_batch = real_batches[updates] if args.beta and not warming_up else None
+                loss, parts = rlco_loss(policy, minibatch, real_batch, args)
+                if not torch.isfinite(loss):
+                    raise SystemExit(f"the loss is {loss.item()} in iteration {iteration}: lower --lr; "
+                                     f"{args.out}/last is the last good checkpoint")
+                if parts["approx_kl"] > args.target_kl:
+                    stop = True
+                    break
+                optimizer.zero_grad()
+                (parts["value"] if warming_up else loss).backward()
+                parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor + critic, args.max_grad_norm)
+                optimizer.step()
+                history.append({k: v.item() for k, v in parts.items()})
+                updates += 1
+            if stop:
+                break
+        if not history:
+            raise SystemExit(f"iteration {iteration}: the KL divergence exceeds --target-kl before the first step: "
+                             f"acting and evaluating disagree; {args.out}/last is the last good checkpoint")
+
+        # log
+        log |= {f"loss/{k}": float(np.mean([h[k] for h in history])) for k in history[0]}
+        log["loss/anchor_to_ppo"] = args.beta * log["loss/anchor"] / (abs(log["loss/ppo"]) + 1e-8)
+        log["time/updates"] = len(history)
+        log["time/iteration_seconds"] = time.time() - began
+        metrics.append(log)
+        recent = [m["rollout/success"] for m in metrics[-4:]]
+        if len(recent) == 4 and max(recent) == 0 and max(m["rollout/success"] for m in metrics) > 0.1:
+            raise SystemExit(f"the policy collapsed: no success for 4 iterations, up to {iteration}; lower --lr or "
+                             f"--target-kl; {args.out}/best is the best checkpoint")
+        for key, value in log.items():
+            writer.add_scalar(key, value, iteration)
+        bar.set_postfix(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}",
+                        anchor=f"{log['loss/anchor']:.3f}")
+        last = iteration + 1 == args.iterations
+        if last:
+            metrics.append(dict(iteration=args.iterations))
+            evaluate(policy, dict(twin=twin, standin=standin), val_seeds, held_out, metrics[-1])
+            if metrics[-1]["eval/success_twin"] > best:
+                best = metrics[-1]["eval/success_twin"]
+                policy.save(args.out / "best")
+        policy.save(args.out / "last")
+        torch.save(dict(args=settings, iteration=iteration + 1, updates=updates, metrics=metrics,
+                        policy=policy.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state()),
+                   state_file.with_suffix(".tmp"))
+        os.replace(state_file.with_suffix(".tmp"), state_file)
+        (args.out / "metrics.tmp").write_text(json.dumps(metrics, indent=1))
+        os.replace(args.out / "metrics.tmp", args.out / "metrics.json")
+
+    plot(metrics, args.out / "learning_curve.png")
+    writer.close(), twin.close(), standin.close()
+    print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; curve in "
+          f"{args.out}/learning_curve.png; tensorboard --logdir {args.out}; next: python eval_real.py")
+
+
+def evaluate(policy, environments, seeds, held_out, log):
+    """Success without exploration in each environment, and the imitation loss on held-out real demonstrations."""
+    policy.eval()
+    for name, env in environments.items():
+        result = env.evaluate(lambda obs: policy.act(obs, sample=False).actions.cpu(), seeds, f"  {name}")
+        log[f"eval/success_{name}"], log[f"eval/length_{name}"] = result["success"].mean(), result["length"].mean()
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        log["eval/real_loss"] = policy.sft_loss(held_out).item()
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"train_rlco.py: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command resumes") from None
