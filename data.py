@@ -487,41 +487,53 @@ class Mixture(torch.utils.data.Dataset):
 
 
 # ----------------------------------------------------------------------------------------------------------- collection
+SEEDS_PER_BLOCK = 5
+
+
 def _init_worker():
     torch.set_num_threads(1)  # a core a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
 
-def _demonstrate(task, domain, num, first_seed, workers):
-    """Yield `num` successful demonstrations in the order of their seeds, whichever worker is first."""
-    import envs  # here and not above: whoever only reads datasets needs no simulator
+def _demonstrate_block(task, domain, seeds):
+    import envs  # in functions and not above: whoever only reads datasets needs no simulator
 
-    failures, pending, seeds = 0, deque(), itertools.count(first_seed)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _init_worker) as pool, \
-            tqdm(total=num, desc=f"{task}, {domain.name}", unit="episode") as bar:
+    # PhysX keeps traces of earlier episodes over a reset (1e-5 m after a contact). A new scene for every block makes
+    # episodes depend on their seeds, and not on which worker was faster; for every episode it would be slow.
+    if env := envs._cached.get((task, domain)):
+        env.reset(options=dict(reconfigure=True))
+    return [envs.demonstrate(task, domain, seed) for seed in seeds]
+
+
+def _demonstrate(task, domain, num, first_seed, pool):
+    """Yield `num` successful demonstrations in the order of their seeds, whichever worker is first."""
+    failures, pending, starts = 0, deque(), itertools.count(first_seed, SEEDS_PER_BLOCK)
+    with tqdm(total=num, desc=f"{task}, {domain.name}", unit="episode") as bar:
         try:
             while bar.n < num:
-                while len(pending) < min(2 * workers, num - bar.n):
-                    pending.append(pool.submit(envs.demonstrate, task, domain, next(seeds)))
-                episode = pending.popleft().result()
-                if episode["success"]:
-                    bar.update()
-                    yield episode
-                    continue
-                failures += 1
-                bar.set_postfix(failed=failures)
+                while len(pending) < min(2 * os.cpu_count(), math.ceil((num - bar.n) / SEEDS_PER_BLOCK)):
+                    seeds = range(start := next(starts), start + SEEDS_PER_BLOCK)
+                    pending.append(pool.submit(_demonstrate_block, task, domain, seeds))
+                for episode in pending.popleft().result():
+                    if not episode["success"]:
+                        failures += 1
+                        bar.set_postfix(failed=failures)
+                    elif bar.n < num:
+                        bar.update()
+                        yield episode
                 if failures > num + 20:
                     raise ValueError(f"the expert of {task} failed in {failures} of {failures + bar.n} episodes in the "
-                                     f"{domain.name}; `python envs.py expert` measures it")
+                                     f"domain {domain.name}; `python envs.py expert` measures it")
         finally:
-            pool.shutdown(cancel_futures=True)
+            for block in pending:
+                block.cancel()
 
 
-def collect(task, domain, num, out, first_seed, workers=None, video=False):
+def collect(task, domain, num, out, first_seed, pool, video=False):
     """Collect `num` successful scripted demonstrations of `task` in `domain` (an envs.Domain) into the dataset `out`.
 
     Seeds count up from `first_seed`; failed episodes are dropped, and counted in the progress bar. A dataset that is
-    there already is kept: ValueError if it has another number of episodes.
+    there already is kept: ValueError if it has another number of episodes. `pool` is a `simulators(workers)`.
     """
     import envs
 
@@ -530,7 +542,12 @@ def collect(task, domain, num, out, first_seed, workers=None, video=False):
         if found != num:
             raise ValueError(f"{out} has {found} episodes, not {num}: ask for {found}, or delete it to collect anew")
         return
-    write_dataset(out, _demonstrate(task, domain, num, first_seed, workers or os.cpu_count()), envs.CONTROL_HZ, video)
+    write_dataset(out, _demonstrate(task, domain, num, first_seed, pool), envs.CONTROL_HZ, video)
+
+
+def simulators(workers):
+    """Processes for `collect`; a context manager. They start when needed: the first picture of each takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), _init_worker)
 
 
 @dataclass
@@ -560,13 +577,14 @@ class Args:
 def main(args: Args):
     import envs
 
-    for name, domain, seeds, num in (("twin", envs.TWIN, "twin_demos", args.num_twin),
-                                     ("standin", envs.STANDIN, "standin_demos", args.num_standin),
-                                     ("standin-val", envs.STANDIN, "standin_val", args.num_val)):
-        out = args.out / f"{args.task}-{name}"
-        collect(args.task, domain, num, out, envs.SEEDS[seeds], args.workers, args.video)
-        lengths = np.diff(load_dataset(out, max_bytes=0).bounds)
-        print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
+    with simulators(args.workers) as pool:
+        for name, domain, seeds, num in (("twin", envs.TWIN, "twin_demos", args.num_twin),
+                                         ("standin", envs.STANDIN, "standin_demos", args.num_standin),
+                                         ("standin-val", envs.STANDIN, "standin_val", args.num_val)):
+            out = args.out / f"{args.task}-{name}"
+            collect(args.task, domain, num, out, envs.SEEDS[seeds], pool, args.video)
+            lengths = np.diff(load_dataset(out, max_bytes=0).bounds)
+            print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ if __name__ != "__main__":  # a worker renders on its own core: two software ras
     os.environ.setdefault("LP_NUM_THREADS", "1")
 import hashlib
 import multiprocessing as mp
+import time
 import traceback
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
@@ -625,8 +626,10 @@ class VecEnv:
                 dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None))
 
     def evaluate(self, act, seeds: range, progress: str | None = None) -> dict:
-        """Play exactly the episodes `seeds` (consecutive) with `act(obs) -> actions [B,C,7]`; the same every time.
+        """Play exactly the episodes `seeds` (consecutive) with `act(obs) -> actions [B,C,7]`.
 
+        The same program plays them the same way every time; in another order contacts may differ in the last digits,
+        for PhysX solves them in an order that depends on the episodes before.
         -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds.
         """
         success, length, total = np.zeros(len(seeds), bool), np.zeros(len(seeds), int), np.zeros(len(seeds))
@@ -657,3 +660,93 @@ class VecEnv:
                 pass
             process.join(5)
             process.kill()
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+def show(out: Path = Path("runs/domains.png"), seeds: int = 4):
+    """Write a contact sheet: a row for each task and domain, large and as the policy sees it (64 x 64)."""
+    from PIL import Image
+    rows = []
+    for task in TASKS:
+        for domain in DOMAINS.values():
+            env, row = make(task, domain), []
+            for seed in range(seeds):
+                env.reset(seed=[SEEDS["rl"] + seed])
+                expert = env.expert(np.random.default_rng(seed))
+                for _ in range(9 * seed):  # each column a little further into an episode
+                    env.step_chunk(torch.from_numpy(next(expert))[None, None])
+                small = Image.fromarray(env.observe()["image"][0].cpu().numpy())
+                row += [env.render_rgb_array()[0].cpu().numpy(), np.asarray(small.resize((256, 256), Image.NEAREST))]
+            rows.append(np.concatenate(row, 1))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(out)
+    print(f"{out}: {' and '.join(DOMAINS)}, each start beside what the policy sees of it")
+
+
+def expert(episodes: int = 200, workers: int = os.cpu_count() or 1):
+    """Success and length of the scripted experts in both domains, on seeds of their own."""
+    seeds = range(SEEDS["validation"] + 500_000, SEEDS["validation"] + 500_000 + episodes)
+    with mp.get_context("spawn").Pool(workers) as pool:
+        for task in TASKS:
+            for domain in DOMAINS.values():
+                played = pool.starmap(_expert_episode, [(task, domain, seed) for seed in seeds], chunksize=8)
+                length = np.array([steps for success, steps in played if success])
+                print(f"{task}, {domain.name}: {len(length)} of {episodes} succeed; control steps: median "
+                      f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {TASKS[task].max_episode_steps}")
+
+
+def _expert_episode(task, domain, seed):
+    torch.set_num_threads(1)
+    episode = demonstrate(task, domain, seed)
+    return episode["success"], len(episode["action"])
+
+
+def _stock(seconds, image_size, ready, count):
+    import gymnasium
+    import mani_skill.envs  # noqa: F401  (registers PushCube-v1)
+    torch.set_num_threads(1)
+    env = gymnasium.make("PushCube-v1", obs_mode="rgb", control_mode="pd_ee_delta_pose", sim_backend="physx_cpu",
+                         render_backend="cpu", sensor_configs=dict(width=image_size, height=image_size))
+    env.reset(seed=0)
+    env.step(env.action_space.sample() * 0)
+    ready.wait()
+    steps, end = 0, time.time() + seconds
+    while time.time() < end:
+        env.step(env.action_space.sample() * 0.1)
+        steps += 1
+    count.put(steps / seconds)
+
+
+def bench(task: str = "push_cube", chunk: int = 8, num_envs: int = 32, workers: int = os.cpu_count() or 1,
+          seconds: float = 15.0):
+    """Control steps per second: stock ManiSkill (PushCube-v1, a picture every step), this, this with the policy."""
+    from policy import load_policy
+    context = mp.get_context("spawn")
+    ready, count = context.Barrier(workers), context.Queue()
+    processes = [context.Process(target=_stock, args=(seconds, 64, ready, count)) for _ in range(workers)]
+    [p.start() for p in processes]
+    stock = sum(count.get() for _ in processes)
+    print(f"stock ManiSkill, PushCube-v1, 64 x 64, {workers} processes: {stock:.0f} control steps/s")
+
+    world, still = VecEnv(task, TWIN, num_envs, workers), np.zeros((num_envs, chunk, 7), np.float32)
+    limits = {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]}
+    policy = load_policy("tiny-pi05", chunk=chunk, action_horizon=chunk,
+                         stats={"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7}, "action": limits})
+    for name, act in (("the environments alone", lambda obs: still),
+                      ("with the policy sampling", lambda obs: policy.act(obs, sample=True).actions)):
+        obs, steps = world.reset(0), 0
+        for _ in range(2):
+            obs = world.step(act(obs))[0]
+        start = time.time()
+        while time.time() < start + seconds:
+            obs = world.step(act(obs))[0]
+            steps += num_envs * chunk
+        rate = steps / (time.time() - start)
+        print(f"{task}, chunk {chunk}, {num_envs} environments in {workers} processes, {name}: {rate:.0f} control "
+              f"steps/s, {rate / stock:.1f} x stock")
+    world.close()
+
+
+if __name__ == "__main__":
+    import tyro
+    tyro.extras.subcommand_cli_from_dict(dict(show=show, bench=bench, expert=expert))

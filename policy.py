@@ -575,4 +575,5 @@ class Pi05(Policy):
         """logprob [B], entropy [B], value [B] of the chains [B,K+1,H,D] that `act` returned."""
         prefix = self.observe(obs, feature=True)
         logprob, entropy = self.chain_logprob(latent.to(self.device), prefix)
-        return logprob, entropy, self.value_head(prefix.feature).squeeze(-1)
+        # detached, as RLinf does: the critic's early, large gradients would tear the prefix
+        return logprob, entropy, self.value_head(prefix.feature.detach()).squeeze(-1)

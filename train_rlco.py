@@ -44,7 +44,7 @@ class Args:
     """weight of the supervised loss on real demonstrations; 0 is plain RL"""
     train: Literal["all", "expert"] = "expert"
     """which weights train: all of them, or the action expert and the heads alone (the frozen part is computed once)"""
-    iterations: int = 24
+    iterations: int = 16
     """rollouts, each followed by an update"""
     num_envs: int = 64
     """environments, spread over the cores; each plays one episode, or more, an iteration"""
@@ -71,6 +71,8 @@ class Args:
     """iterations between evaluations in the twin and the stand-in"""
     eval_episodes: int = 64
     """episodes of each evaluation, on validation seeds"""
+    eval_envs: int = 32
+    """environments that evaluate in the stand-in"""
     seed: int = 1
     out: Path = Path("runs/rlco")
     """folder of the run"""
@@ -165,7 +167,7 @@ def main(args: Args):
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     writer = SummaryWriter(args.out / "tensorboard", purge_step=start or None)
-    twin, standin = envs.VecEnv(args.task, envs.TWIN, args.num_envs), envs.VecEnv(args.task, envs.STANDIN, 16)
+    twin, standin = envs.VecEnv(args.task, envs.TWIN, args.num_envs), envs.VecEnv(args.task, envs.STANDIN, args.eval_envs)
     decisions = -(-twin.max_episode_steps // policy.chunk)  # a rollout: the longest episode
     val_seeds = range(envs.SEEDS["validation"], envs.SEEDS["validation"] + args.eval_episodes)
     print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and {sum(p.numel() for p in critic):,}"

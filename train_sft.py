@@ -47,18 +47,18 @@ class Args:
     """share of simulated samples in every batch: 0 is real-only, 1 is sim-only"""
     train: Literal["all", "expert"] = "all"
     """which weights train: all of them, or the action expert and the heads alone"""
-    steps: int = 2000
+    steps: int = 500
     """gradient steps"""
     batch_size: int = 128
     lr: float = 1e-3
     """peak learning rate; 2 % linear warm-up, then a cosine to a tenth"""
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
-    evaluations: int = 4
+    evaluations: int = 2
     """evaluations in the twin and the stand-in, the last one at the end"""
     eval_episodes: int = 64
     """episodes of each evaluation, on validation seeds"""
-    num_envs: int = 16
+    num_envs: int = 32
     """environments that evaluate in parallel, spread over the cores"""
     workers: int = 0
     """processes that load batches; 0 loads in this one, the fastest while the frames fit in memory"""

@@ -308,17 +308,18 @@ def test_collect_keeps_successes_in_seed_order(tmp_path):
     import envs
 
     domain = replace(envs.TWIN, name="slow", action_delay=6)
-    data.collect("push_cube", domain, 4, tmp_path / "demos", first_seed=3, workers=2)
-    demos, episodes, seed = load_dataset(tmp_path / "demos"), [], 3
-    while len(episodes) < 4:
-        episodes.append(envs.demonstrate("push_cube", domain, seed))
-        episodes, seed = [e for e in episodes if e["success"]], seed + 1
-    assert seed > 3 + 4, "no failure among these seeds: the test needs another domain"
+    with data.simulators(workers=2) as pool:
+        data.collect("push_cube", domain, 6, tmp_path / "demos", first_seed=3, pool=pool)
+    demos, blocks = load_dataset(tmp_path / "demos"), [data._demonstrate_block("push_cube", domain, seeds)
+                                                       for seeds in (range(3, 8), range(8, 13))]
+    successes = [e for block in blocks for e in block if e["success"]]
+    episodes = successes[:6]
+    assert episodes[-1]["seed"] > 3 + 5, "no failure before the last one: the test needs another domain"
     for key, collected in (("image", demos.frames), ("state", demos.state), ("action", demos.action)):
         np.testing.assert_array_equal(collected, np.concatenate([e[key] for e in episodes]), err_msg=key)
     assert pq.read_table(tmp_path / "demos" / EPISODES_FILE)["seed"].to_pylist() == [e["seed"] for e in episodes]
     assert demos.fps == envs.CONTROL_HZ and set(demos.prompt) == {episodes[0]["prompt"]}
 
-    data.collect("push_cube", domain, 4, tmp_path / "demos", first_seed=3)  # there already: kept
-    with pytest.raises(ValueError, match="has 4 episodes, not 5"):
-        data.collect("push_cube", domain, 5, tmp_path / "demos", first_seed=3)
+    data.collect("push_cube", domain, 6, tmp_path / "demos", first_seed=3, pool=None)  # there already: kept
+    with pytest.raises(ValueError, match="has 6 episodes, not 5"):
+        data.collect("push_cube", domain, 5, tmp_path / "demos", first_seed=3, pool=None)

@@ -1,0 +1,204 @@
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+
+CLOSED = -1.0
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two environments of the same task and domain, with the stand-in's delay and noise."""
+    return [envs.make("push_cube", envs.STANDIN) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def twin():
+    return envs.make("push_cube", envs.TWIN)
+
+
+def random_actions(rng, steps):
+    actions = rng.uniform(-0.02, 0.02, (steps, 7)).astype(np.float32)
+    actions[:, 3:6] *= 2
+    actions[:, 6] = CLOSED
+    return torch.from_numpy(actions)
+
+
+def test_kinematics_agree_with_sapien_and_with_finite_differences(twin):
+    generator = torch.Generator().manual_seed(0)
+    low, high = twin.agent.robot.get_qlimits()[0, :7].T
+    for _ in range(5):
+        q = low + (high - low) * torch.rand(1, 7, generator=generator)
+        twin.agent.robot.set_qpos(torch.cat([q, torch.zeros(1, 2)], -1))
+        tcp, jacobian = envs.panda_kinematics(q)
+        torch.testing.assert_close(tcp, twin.tcp.to_transformation_matrix(), atol=2e-5, rtol=0)
+        for joint in range(7):
+            step = torch.zeros(1, 7)
+            step[0, joint] = 1e-3
+            forth, back = envs.panda_kinematics(q + step)[0], envs.panda_kinematics(q - step)[0]
+            turn = (forth - back)[0, :3, :3] @ tcp[0, :3, :3].T / 2e-3
+            numeric = torch.tensor([*((forth - back)[0, :3, 3] / 2e-3), turn[2, 1], turn[0, 2], turn[1, 0]])
+            torch.testing.assert_close(jacobian[0, :, joint], numeric, atol=2e-3, rtol=0)
+
+
+def test_an_action_is_metres_and_radians_in_the_base_frame(twin):
+    twin.reset(seed=[5])
+    before = twin.proprioception()[0]
+    actions = torch.zeros(1, 20, 7)
+    actions[0, :2, :6] = torch.tensor([0.01, 0.02, 0.015, 0.02, -0.03, 0.1])
+    actions[..., 6] = 1.0
+    twin.step_chunk(actions)
+    moved = twin.proprioception()[0] - before
+    torch.testing.assert_close(moved[:3], torch.tensor([0.02, 0.04, 0.03]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(moved[3:6], torch.tensor([0.04, -0.06, 0.2]), atol=0.01, rtol=0)
+    assert moved[6] > 1.9  # from closed to open
+
+
+def test_chunked_stepping_equals_single_stepping(pair):
+    chunked, single = pair
+    for seed in range(2):
+        actions = random_actions(np.random.default_rng(seed), 24)
+        for env in pair:
+            env.reset(seed=[seed])
+        for chunk in actions.split(8):
+            reward, terminated, truncated, _ = chunked.step_chunk(chunk[None])
+            alone = [single.step(action[None]) for action in chunk]
+            torch.testing.assert_close(reward, sum(step[1] for step in alone), atol=1e-6, rtol=0)
+            assert not terminated and not truncated
+            torch.testing.assert_close(chunked.get_state(), single.get_state(), atol=0, rtol=0)
+        # single.step rendered, and drew noise, at every step; the pictures differ by the noise alone
+        a, b = (env.observe() for env in pair)
+        assert (a["image"].float() - b["image"].float()).abs().mean() < 2 * envs.STANDIN.image_noise
+        torch.testing.assert_close(a["state"], b["state"])
+
+
+def test_an_episode_that_ends_inside_a_chunk_stops_there(twin):
+    twin.reset(seed=[1])
+    expert, rewards, ended = twin.expert(np.random.default_rng(1)), [], None
+    actions = []
+    for action in expert:
+        reward, terminated, truncated, _ = twin.step_chunk(torch.from_numpy(action)[None, None])
+        actions.append(action), rewards.append(reward)
+        if terminated or truncated:
+            break
+    assert terminated and len(actions) < twin.max_episode_steps
+    final = twin.get_state()
+    twin.reset(seed=[1])
+    garbage = np.tile(np.float32([0.05, 0, 0, 0, 0, 0, CLOSED]), (10, 1))
+    reward, terminated, truncated, info = twin.step_chunk(torch.from_numpy(np.concatenate([actions, garbage]))[None])
+    assert terminated and not truncated and info["success"]
+    assert twin.elapsed_steps.item() == len(actions)
+    torch.testing.assert_close(reward, sum(rewards), atol=1e-5, rtol=0)
+    torch.testing.assert_close(twin.get_state(), final, atol=0, rtol=0)
+
+
+def test_the_domain_sets_what_it_says(twin):
+    heavy = replace(envs.TWIN, name="heavy", object_mass=0.33, friction=0.15, stiffness=400.0)
+    env = envs.make("push_cube", heavy)
+    assert env.cube.mass.item() == pytest.approx(0.33)
+    assert env.cube._bodies[0].collision_shapes[0].physical_material.static_friction == pytest.approx(0.15)
+    assert env.agent.controller.joints[0]._objs[0].stiffness == pytest.approx(400)
+    env.close()
+
+
+def test_the_stand_in_acts_one_step_late(pair, twin):
+    for env in (pair[0], twin):
+        env.reset(seed=[3])
+    push = torch.tensor([[0.02, 0, 0, 0, 0, 0, CLOSED]])
+    for env, first, second in ((twin, True, True), (pair[0], False, True)):
+        start = env.tcp.p[0, 0].item()
+        env._step_action(push)
+        assert (env.tcp.p[0, 0].item() - start > 1e-3) == first
+        env._step_action(torch.zeros(1, 7))
+        assert (env.tcp.p[0, 0].item() - start > 1e-3) == second
+
+
+def test_pictures_show_the_domain(twin, pair):
+    def seen(env):
+        env.reset(seed=[2])
+        return env.observe()["image"][0].float()
+    first, again, other = seen(twin), seen(twin), seen(pair[0])
+    assert first.shape == (64, 64, 3) and first.std() > 20
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+    assert (first - other).abs().mean() > 20
+
+
+@pytest.mark.parametrize("domain", [envs.TWIN, envs.STANDIN])
+def test_the_expert_finishes_in_time(domain):
+    for seed in range(12):
+        episode = envs.demonstrate("push_cube", domain, 777_000 + seed)
+        steps = len(episode["action"])
+        assert episode["success"] and steps <= envs.PushCube.max_episode_steps, seed
+        assert episode["image"].shape == (steps, 64, 64, 3) and episode["state"].shape == (steps, 7)
+
+
+def towards_the_middle(obs):
+    """A policy without chance: it depends on what it sees, so that a mixed-up row shows. It stays above the cube: PhysX
+    solves contacts in an order that depends on the episodes before."""
+    action = torch.zeros(len(obs["state"]), 8, 7)
+    action[..., :3] = ((torch.tensor([0.55, 0.0, 0.15]) - obs["state"][:, :3]) * 0.15)[:, None]
+    action[..., 1] += (obs["image"].float().mean((1, 2, 3)) - 128)[:, None] * 1e-4
+    action[..., 6] = CLOSED
+    return action
+
+
+def test_vectorised_episodes_are_those_of_one_environment(twin):
+    def alone(seed):
+        twin.reset(seed=[seed])
+        total, end = 0.0, False
+        while not end:
+            reward, terminated, truncated, _ = twin.step_chunk(towards_the_middle(twin.observe()))
+            total, end = total + reward.item(), bool(terminated | truncated)
+        return bool(terminated), twin.elapsed_steps.item(), total
+
+    seeds = range(50, 57)
+    expected = [alone(seed) for seed in seeds]
+    for num_envs, workers in ((4, 2), (3, 1)):
+        world = envs.VecEnv("push_cube", envs.TWIN, num_envs, workers)
+        played = world.evaluate(towards_the_middle, seeds)
+        world.close()
+        assert [(s, n) for s, n, _ in expected] == list(zip(played["success"], played["length"]))
+        np.testing.assert_allclose(played["reward"], [r for _, _, r in expected], atol=1e-4)
+
+
+def test_auto_reset_gives_the_next_first_and_the_last_observation(twin):
+    world = envs.VecEnv("push_cube", envs.TWIN, 2, 1)
+    still = torch.zeros(2, 8, 7)
+    still[..., 6] = CLOSED
+    world.reset(10)
+    for _ in range(envs.PushCube.max_episode_steps // 8 - 1):
+        _, _, terminated, truncated, info = world.step(still)
+        assert not terminated.any() and not truncated.any() and info["final_obs"] is None
+    obs, _, terminated, truncated, info = world.step(still)
+    assert truncated.all() and not terminated.any() and (info["length"] == envs.PushCube.max_episode_steps).all()
+    for row in range(2):
+        twin.reset(seed=[10 + row])
+        for _ in range(envs.PushCube.max_episode_steps // 8):
+            twin.step_chunk(still[:1])
+        torch.testing.assert_close(info["final_obs"]["state"][row], twin.observe()["state"][0], atol=1e-5, rtol=0)
+        twin.reset(seed=[12 + row])  # the environment's next episode
+        torch.testing.assert_close(obs["image"][row], twin.observe()["image"][0], atol=0, rtol=0)
+    world.close()
+
+
+def test_a_failing_worker_says_why():
+    world = envs.VecEnv("push_cube", envs.TWIN, 1, 1, no_such_option=1)
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        world.reset(0)
+
+
+def test_low_polygon_robot_goes_into_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = envs.lowpoly_urdf((0.1, 0.2, 0.3))
+    assert path.startswith(str(tmp_path)) and os.path.exists(path.replace(".urdf", ".srdf"))
+    assert "glb" not in open(path).read() and envs.lowpoly_urdf((0.1, 0.2, 0.3)) == path
+    assert envs.lowpoly_urdf((0.3, 0.2, 0.1)) != path
+
+
+def test_seeds_of_different_uses_never_meet():
+    starts = sorted(envs.SEEDS.values())
+    assert min(np.diff(starts)) >= 1_000_000 and len(set(starts)) == len(starts)

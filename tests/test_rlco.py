@@ -1,0 +1,99 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_rlco
+from policy import load_policy
+
+STATS = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
+         "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [-1.0]}}
+ARGS = SimpleNamespace(clip=0.2, value_clip=0.2, huber_delta=10.0, value_coef=0.5, entropy_coef=0.01, beta=0.7)
+
+
+def slow_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
+    """The definition: a discounted sum of TD errors, up to the end of the episode."""
+    T, B = reward.shape
+    advantage = torch.zeros(T, B)
+    for b in range(B):
+        for t in range(T):
+            weight = 1.0
+            for s in range(t, T):
+                after = 0.0 if terminated[s, b] else next_value[s, b].item()
+                advantage[t, b] += weight * (reward[s, b].item() + gamma * after - value[s, b].item())
+                if done[s, b]:
+                    break
+                weight *= gamma * gae_lambda
+    return advantage
+
+
+def test_gae_against_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    reward, value, next_value = torch.randn(3, 12, 5, generator=generator)
+    terminated = torch.rand(12, 5, generator=generator) < 0.15
+    truncated = (torch.rand(12, 5, generator=generator) < 0.15) & ~terminated
+    done = terminated | truncated
+    assert terminated[1:-1].any() and truncated[1:-1].any()  # both kinds of end inside the rollout
+    advantage, returns = train_rlco.gae(reward, value, next_value, terminated, done, 0.9, 0.8)
+    torch.testing.assert_close(advantage, slow_gae(reward, value, next_value, terminated, done, 0.9, 0.8))
+    torch.testing.assert_close(returns, advantage + value)
+
+
+@pytest.fixture(params=["tiny-pi05"])
+def policy(request):
+    torch.manual_seed(0)
+    policy = load_policy(request.param, stats=STATS)
+    for p in policy.parameters():  # away from the zeros of the initialisation, which hide mistakes
+        p.data += 0.01 * torch.randn_like(p)
+    return policy
+
+
+def make_rollout(policy, n=6):
+    obs = dict(image=torch.randint(0, 256, (n, 64, 64, 3), dtype=torch.uint8), state=torch.rand(n, 7) - 0.5,
+               prompt=["push the cube to the target"] * n)
+    decision = policy.act(obs, sample=True)
+    rollout = dict(obs=obs, latent=decision.latent, logprob=decision.logprob, value=decision.value,
+                   advantage=torch.randn(n), returns=torch.randn(n))
+    real = dict(obs, action=torch.rand(n, policy.horizon, 7) * 0.02, action_is_pad=torch.zeros(n, policy.horizon).bool())
+    return rollout, real
+
+
+def test_nothing_has_changed_right_after_acting(policy):
+    rollout, _ = make_rollout(policy)
+    _, parts = train_rlco.rlco_loss(policy, rollout, None, ARGS)
+    assert parts["clip_fraction"] == 0 and abs(parts["approx_kl"].item()) < 1e-6
+    torch.testing.assert_close(parts["policy"], -rollout["advantage"].mean(), atol=1e-5, rtol=0)  # every ratio is 1
+    expected = 0.5 * (rollout["value"] - rollout["returns"]).square().mean()
+    torch.testing.assert_close(parts["value"], expected, atol=1e-5, rtol=0)
+
+
+def gradient(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+def test_the_gradient_with_beta_is_the_sum_of_its_parts(policy):
+    rollout, real = make_rollout(policy)
+
+    def total(beta):
+        torch.manual_seed(1)  # the flow times and noise of the imitation loss
+        return train_rlco.rlco_loss(policy, rollout, real, SimpleNamespace(**{**vars(ARGS), "beta": beta}))
+    both = gradient(policy, total(0.7)[0])
+    ppo = gradient(policy, total(0.0)[0])
+    torch.manual_seed(1)
+    assert ppo.shape == both.shape
+    anchor = gradient(policy, policy.sft_loss(real) + 0 * sum(p.sum() for p in policy.parameters() if p.requires_grad))
+    assert anchor.norm() > 1e-3 and ppo.norm() > 1e-3
+    torch.testing.assert_close(both, ppo + 0.7 * anchor, atol=1e-5, rtol=1e-4)
+
+
+def test_clipping_stops_the_gradient_of_a_ratio_that_went_too_far(policy):
+    rollout, _ = make_rollout(policy)
+    args = SimpleNamespace(**{**vars(ARGS), "entropy_coef": 0.0, "value_coef": 0.0})
+    far = dict(rollout, logprob=rollout["logprob"] - 1.0, advantage=torch.ones(6))  # ratio e, to be raised further
+    loss, parts = train_rlco.rlco_loss(policy, far, None, args)
+    assert parts["clip_fraction"] == 1
+    assert gradient(policy, loss).abs().max() == 0
+    back = dict(far, advantage=-torch.ones(6))  # to be lowered: not clipped
+    assert gradient(policy, train_rlco.rlco_loss(policy, back, None, args)[0]).abs().max() > 0
