@@ -258,9 +258,11 @@ def load_dataset(path, max_bytes=4 << 30):
         if info["codebase_version"] not in ("v2.1", "v3.0"):
             raise ValueError(f"{root}: codebase_version {info['codebase_version']} is not v2.1 or v3.0")
         for key in (STATE, ACTION):
-            if shapes[key] != (len(DIMS),):
-                raise ValueError(f"{root}: {key} has shape {list(shapes[key])}, not [{len(DIMS)}] ({', '.join(DIMS)})")
-        camera = IMAGE if IMAGE in cameras or len(cameras) != 1 else list(cameras)[0]
+            if shapes.get(key) != (len(DIMS),):
+                raise ValueError(f"{root}: {key} has shape {shapes.get(key)}, ({len(DIMS)},) needed: {' '.join(DIMS)}")
+        if IMAGE not in cameras and len(cameras) != 1:
+            raise ValueError(f"{root}: a camera {IMAGE} is needed, or only one camera; it has {list(cameras)}")
+        camera = IMAGE if IMAGE in cameras else list(cameras)[0]
         is_video, shape = cameras[camera] == "video", shapes[camera]
         shape = shape[1:] + shape[:1] if shape[0] == 3 != shape[-1] else shape  # some datasets say channels first
         episodes, tasks = _read_episodes(root, info, camera if is_video else None), _read_tasks(root, info)
@@ -292,10 +294,10 @@ def load_dataset(path, max_bytes=4 << 30):
             raise FileNotFoundError(f"{episode['file']}: missing; the images of episode {episode['index']} are in it")
     frames = FramesOnDisk(episodes, bounds, shape, fps, None if is_video else camera)
     if bounds[-1] * math.prod(shape) <= max_bytes:
-        frames = frames[np.arange(bounds[-1])]
+        frames = frames.decode(np.arange(bounds[-1]))
     else:  # a file that ends too early is found now, and not hours into the training
         last_of_file = {episode["file"]: end - 1 for episode, end in zip(episodes, bounds[1:])}
-        frames[np.array(list(last_of_file.values()))]
+        frames.decode(np.sort(list(last_of_file.values())))
     return Demonstrations(root, fps, np.concatenate(state), np.concatenate(action), prompt[task], bounds, frames, shape)
 
 
@@ -343,8 +345,9 @@ def _read_episodes(root, info, video_key):
             columns += [f"videos/{video_key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
         files = sorted((root / "meta/episodes").glob("*/*.parquet"))
         rows = [row for file in files for row in _read_table(file, columns, "the list of episodes").to_pylist()]
-    if not rows:
-        raise ValueError(f"{root}: an empty dataset, no episodes in its meta folder")
+    if len(rows) != info["total_episodes"] or not rows:
+        raise ValueError(f"{root}: {len(rows)} episodes are listed in meta, info.json says {info['total_episodes']}"
+                         if rows else f"{root}: an empty dataset, meta lists no episode")
     episodes = []
     for row in sorted(rows, key=lambda row: row["episode_index"]):
         index, place = row["episode_index"], lambda kind: {k: row[f"{kind}/{k}"] for k in ("chunk_index", "file_index")}
@@ -381,6 +384,10 @@ class FramesOnDisk:
 
     def __getitem__(self, indices):
         indices, inverse = np.unique(indices, return_inverse=True)
+        return self.decode(indices)[inverse]
+
+    def decode(self, indices):
+        """The same for ascending indices without repeats."""
         owner = np.searchsorted(self.bounds, indices, side="right") - 1
         number = indices - self.bounds[owner] + np.array([self.episodes[e]["first"] for e in owner])
         files = np.array([str(self.episodes[e]["file"]) for e in owner], object)
@@ -399,27 +406,31 @@ class FramesOnDisk:
                 e = owner[rows[done]]
                 raise ValueError(f"{path}: frame {indices[rows[done]] - self.bounds[e]} of episode "
                                  f"{self.episodes[e]['index']} cannot be read ({error})") from None
-        return out[inverse]
+        return out
 
 
 @lru_cache(maxsize=16)
-def _open(path, process):
-    """An open video, or a parquet file and the ends of its row groups. `process`, the caller's id, is there because a
-    forked worker must not share a file position with its parent."""
+def _opened(path, version, process):
     if not path.endswith(".parquet"):
         return av.open(path)
     file = pq.ParquetFile(path)
     return file, np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
 
 
+def _open(path):
+    """A video, or a parquet file and the ends of its row groups. Kept open, but not if the file has changed, and not
+    in a forked worker, which must not share a file position with its parent."""
+    return _opened(path, os.stat(path).st_mtime_ns, os.getpid())
+
+
 def _decode_images(path, rows, column):
     """Yield the given rows (ascending) of an image column, uint8 [H,W,3]."""
-    file, ends = _open(path, os.getpid())
+    file, ends = _open(path)
     groups = np.searchsorted(ends, rows, side="right")
     for group in np.unique(groups):
         encoded = file.read_row_group(group, [column], use_threads=False)[column].combine_chunks().field("bytes")
         for row in rows[groups == group] - ends[group] + len(encoded):
-            picture = encoded[row].as_py()
+            picture = encoded[row].as_py() or b""
             # A new decoder each time: FFmpeg's PNG decoder, used twice, returns garbage the second time.
             decoder = av.CodecContext.create("png" if picture.startswith(b"\x89PNG") else "mjpeg", "r")
             yield decoder.decode(av.Packet(picture))[0].to_ndarray(format="rgb24")
@@ -427,7 +438,7 @@ def _decode_images(path, rows, column):
 
 def _decode_video(path, numbers, fps):
     """Yield the given frames (ascending, counted from the beginning of the video), uint8 [H,W,3]."""
-    video, to_rgb, position = _open(path, os.getpid()), VideoReformatter(), None
+    video, to_rgb, position = _open(path), VideoReformatter(), None
     stream = video.streams.video[0]
     start = stream.start_time or 0
     for number in numbers:

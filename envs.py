@@ -10,6 +10,7 @@ import os
 
 if __name__ != "__main__":  # a worker renders on its own core: two software rasterisers on all cores fight
     os.environ.setdefault("LP_NUM_THREADS", "1")
+import gc
 import hashlib
 import multiprocessing as mp
 import time
@@ -18,6 +19,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import sapien
 import torch
@@ -519,45 +521,42 @@ def demonstrate(task: str, domain: Domain, seed: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------- vectorised env
-def _worker(pipe, task, domain, seeds, stride, kwargs):
-    """Steps several environments in one process. One ManiSkill process takes half a GB, one more scene almost nothing.
-
-    Environment i plays the seeds seeds[i], seeds[i] + stride, ... one episode after the other.
-    """
+def _worker(pipe, task, domain, num_envs, stride, kwargs):
+    """Steps several environments in one process. One ManiSkill process takes half a GB, one more scene almost nothing."""
     torch.set_num_threads(1)
     try:
-        envs, seeds = [make(task, domain, **kwargs) for _ in seeds], list(seeds)
-
-        def start(i):
-            envs[i].reset(seed=[seeds[i]])
-            seeds[i] += stride
+        worlds, seeds = [], [0] * num_envs
+        for _ in range(num_envs):
+            gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
+            worlds.append(make(task, domain, **kwargs))
 
         def see(env):
             obs = env.observe()
             return obs["image"][0].numpy(), obs["state"][0].numpy()
 
         while True:
-            command, data = pipe.recv()
-            if command == "reset":
-                seeds = list(data)
-                for i in range(len(envs)):
-                    start(i)
-                pipe.send([see(env) for env in envs])
-            elif command == "step":
-                replies = []
-                for i, (env, actions) in enumerate(zip(envs, data)):
-                    if actions is None:
-                        replies.append(None)
-                        continue
-                    reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(actions)[None])
-                    length = int(env.elapsed_steps[0])
-                    final = see(env) if truncated else None  # only a truncated episode's end is bootstrapped from
-                    if terminated or truncated:
-                        start(i)
-                    replies.append((see(env), float(reward), bool(terminated), bool(truncated), length, final))
-                pipe.send(replies)
-            else:
-                return
+            command, rows, auto_reset, video = pipe.recv()
+            replies = []
+            for i, (env, row) in enumerate(zip(worlds, rows)):
+                if row is None:
+                    replies.append(None)
+                elif command == "reset":
+                    seeds[i] = row
+                    env.reset(seed=[row])
+                    replies.append(see(env))
+                else:
+                    frames = [] if video else None
+                    reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(row)[None], frames)
+                    length, seen, final = int(env.elapsed_steps[0]), None, None
+                    if truncated and auto_reset:
+                        final = see(env)  # only a truncated episode's end is bootstrapped from
+                    if auto_reset and (terminated or truncated):
+                        seeds[i] += stride
+                        env.reset(seed=[seeds[i]])
+                    if auto_reset or not (terminated or truncated):
+                        seen = see(env)
+                    replies.append((seen, float(reward), bool(terminated), bool(truncated), length, final, frames))
+            pipe.send(replies)
     except (EOFError, KeyboardInterrupt):
         pass
     except BaseException as error:
@@ -578,7 +577,7 @@ class VecEnv:
         for rows in self.slices:
             pipe, child = context.Pipe()
             process = context.Process(target=_worker, daemon=True,
-                                      args=(child, task, domain, [0] * len(rows), num_envs, kwargs))
+                                      args=(child, task, domain, len(rows), num_envs, kwargs))
             process.start()
             child.close()
             self.pipes.append(pipe), self.processes.append(process)
@@ -594,9 +593,9 @@ class VecEnv:
             raise reply
         return reply
 
-    def _exchange(self, command, rows):
+    def _exchange(self, command, rows, auto_reset=True, video=False):
         for pipe, indices in zip(self.pipes, self.slices):
-            pipe.send((command, [rows[i] for i in indices]))
+            pipe.send((command, [rows[i] for i in indices], auto_reset, video))
         replies = [None] * self.num_envs
         for pipe, indices in zip(self.pipes, self.slices):
             for i, reply in zip(indices, self._receive(pipe)):
@@ -609,8 +608,7 @@ class VecEnv:
 
     def reset(self, seed: int) -> dict:
         """Start every environment anew. Environment i plays the episodes seed + i, seed + i + num_envs, ..."""
-        self.obs = self._stack(self._exchange("reset", [seed + i for i in range(self.num_envs)]))
-        return self.obs
+        return self._stack(self._exchange("reset", [seed + i for i in range(self.num_envs)]))
 
     def step(self, actions):
         """actions float32 [B,C,7] -> obs, reward [B], terminated [B], truncated [B], info.
@@ -620,46 +618,71 @@ class VecEnv:
         episode's length so far in control steps.
         """
         replies = self._exchange("step", np.asarray(actions, np.float32))
-        seen, reward, terminated, truncated, length, final = zip(*replies)
-        self.obs, final = self._stack(seen), [f for f in final if f is not None]
-        return (self.obs, torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated),
+        seen, reward, terminated, truncated, length, final, _ = zip(*replies)
+        final = [f for f in final if f is not None]
+        return (self._stack(seen), torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated),
                 dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None))
 
-    def evaluate(self, act, seeds: range, progress: str | None = None) -> dict:
-        """Play exactly the episodes `seeds` (consecutive) with `act(obs) -> actions [B,C,7]`.
+    def evaluate(self, act, seeds, progress: str | None = None, video=False) -> dict:
+        """Play the episodes `seeds` once each with `act(obs) -> actions [B,C,7]`.
 
-        The same program plays them the same way every time; in another order contacts may differ in the last digits,
-        for PhysX solves them in an order that depends on the episodes before.
-        -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds.
+        -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds; with `video` also
+        frames, a list [N] of lists of [H,W,3], one a control step. The same program plays them the same way every
+        time; in another order contacts may differ in the last digits, for PhysX solves them in an order that depends
+        on the episodes before.
         """
-        success, length, total = np.zeros(len(seeds), bool), np.zeros(len(seeds), int), np.zeros(len(seeds))
-        episode = list(range(self.num_envs))  # index into `seeds` of what each environment plays
-        with torch.random.fork_rng(), tqdm(total=len(seeds), desc=progress, unit="episode", leave=False,
+        n = len(seeds)
+        played = dict(success=np.zeros(n, bool), length=np.zeros(n, int), reward=np.zeros(n), frames=[[] for _ in seeds])
+        with torch.random.fork_rng(), tqdm(total=n, desc=progress, unit="episode", leave=False,
                                            disable=progress is None) as bar:
             torch.manual_seed(seeds[0])
-            obs = self.reset(seeds[0])
-            while rows := [i for i in range(self.num_envs) if episode[i] < len(seeds)]:
-                playing = {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
-                actions = dict(zip(rows, np.asarray(act(playing), np.float32)))
-                replies = self._exchange("step", [actions.get(i) for i in range(self.num_envs)])
-                for i in rows:
-                    (image, state), reward, terminated, truncated, steps, _ = replies[i]
-                    obs["image"][i], obs["state"][i] = torch.from_numpy(image), torch.from_numpy(state)
-                    total[episode[i]] += reward
-                    if terminated or truncated:
-                        success[episode[i]], length[episode[i]] = terminated, steps
-                        episode[i] += self.num_envs
-                        bar.update()
-        return dict(success=success, length=length, reward=total)
+            for first in range(0, n, self.num_envs):
+                running = range(min(self.num_envs, n - first))
+                seen = self._exchange("reset", [seeds[first + i] if i in running else None for i in range(self.num_envs)])
+                while running:
+                    actions = dict(zip(running, np.asarray(act(self._stack([seen[i] for i in running])), np.float32)))
+                    replies = self._exchange("step", [actions.get(i) for i in range(self.num_envs)], False, video)
+                    for i in running:
+                        seen[i], reward, terminated, truncated, length, _, frames = replies[i]
+                        played["reward"][first + i] += reward
+                        played["success"][first + i], played["length"][first + i] = terminated, length
+                        played["frames"][first + i] += frames or []
+                        bar.update(terminated or truncated)
+                    running = [i for i in running if seen[i] is not None]
+        return played
 
     def close(self):
         for pipe, process in zip(self.pipes, self.processes):
-            try:
-                pipe.send(("close", None))
-            except (BrokenPipeError, OSError):
-                pass
+            pipe.close()
             process.join(5)
             process.kill()
+
+
+def write_video(path: Path, columns: list, fps: int = CONTROL_HZ):
+    """H.264 video of lists of frames [H,W,3], side by side; the shorter ones hold their last frame. Whole or not."""
+    temporary = path.with_name(f".{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(temporary), "w", format="mp4") as video:
+        stream = video.add_stream("libx264", rate=fps, options={"crf": "20"})
+        stream.height, stream.width, stream.pix_fmt = *np.concatenate([c[0] for c in columns], 1).shape[:2], "yuv420p"
+        for t in range(max(map(len, columns)) + fps):  # one second on the end
+            frame = np.concatenate([c[min(t, len(c) - 1)] for c in columns], 1)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode())
+    os.replace(temporary, path)
+
+
+def validate(policy, worlds: dict, episodes: int, video: Path) -> dict:
+    """Success and length without exploration on the validation seeds in each of `worlds` (VecEnvs by name), and a
+    video of the first episode in all of them, side by side. For curves and the choice of a checkpoint."""
+    act, seeds = lambda obs: policy.act(obs, sample=False).actions.cpu(), range(SEEDS["validation"], SEEDS["evaluation"])
+    log, columns = {}, []
+    for name, world in worlds.items():
+        played = world.evaluate(act, seeds[:episodes], f"  validation, {name}")
+        log |= {f"eval/success_{name}": float(played["success"].mean()), f"eval/length_{name}": float(played["length"].mean())}
+        columns.append(world.evaluate(act, seeds[:1], video=True)["frames"][0])
+    write_video(video, columns)
+    return log
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -12,13 +12,10 @@ import math
 import os
 import platform
 import subprocess
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import av
-import numpy as np
 import torch
 import transformers
 import tyro
@@ -54,33 +51,6 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
 
-def record(act, task, domain, seed):
-    """Play one episode -> video frames [H,W,3] of every control step, success."""
-    env = envs.make(task, domain)
-    env.reset(seed=[seed])
-    frames = [env.render_rgb_array()[0].cpu().numpy()]
-    terminated = truncated = torch.zeros(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        while not (terminated.any() or truncated.any()):
-            _, terminated, truncated, _ = env.step_chunk(act(env.observe()), frames)
-    env.close()
-    return frames, bool(terminated)
-
-
-def write_video(path: Path, columns: list, fps=envs.CONTROL_HZ):
-    """H.264 video of columns of frames, side by side; the shorter ones hold their last frame. Whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    with av.open(str(temporary), "w", format="mp4") as video:
-        stream = video.add_stream("libx264", rate=fps, options={"crf": "20"})
-        stream.height, stream.width, stream.pix_fmt = *np.concatenate([c[0] for c in columns], 1).shape[:2], "yuv420p"
-        for t in range(max(map(len, columns)) + fps):  # one second on the end
-            frame = np.concatenate([c[min(t, len(c) - 1)] for c in columns], 1)
-            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        video.mux(stream.encode())
-    os.replace(temporary, path)
-
-
 def table(results: list[dict]) -> str:
     """Markdown: a row for each checkpoint, a column for each domain."""
     domains = list(dict.fromkeys(r["domain"] for r in results))
@@ -100,37 +70,38 @@ def main(args: Args):
                                 f"then `python train_rlco.py` runs/rlco/best")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policies = {name: load_policy(name).to(device).eval() for name in args.policies}
-    names = ["standin", "twin"] if args.target == "both" else [args.target]
+    names = ["twin", "standin"] if args.target == "both" else [args.target]
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
-    (args.out / "videos").mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     acts = {name: lambda obs, p=p: p.act(obs, sample=False).actions.cpu() for name, p in policies.items()}
-    results, worlds = [], {name: envs.VecEnv(args.task, envs.DOMAINS[name], args.num_envs) for name in names}
+    worlds = {name: envs.VecEnv(args.task, envs.DOMAINS[name], args.num_envs) for name in names}
+    results = []
     for name, world in worlds.items():
         for policy, act in acts.items():
-            played, start = world.evaluate(act, seeds, f"{policy}, {name}"), time.time()
+            played = world.evaluate(act, seeds, f"{policy}, {name}")
             successes = int(played["success"].sum())
-            results.append(dict(policy=policy, domain=name, task=args.task, episodes=args.episodes, seeds=[seeds[0], seeds[-1]],
-                                successes=successes, success_rate=successes / args.episodes,
+            results.append(dict(policy=policy, domain=name, task=args.task, episodes=args.episodes,
+                                seeds=[seeds[0], seeds[-1]], successes=successes, success_rate=successes / args.episodes,
                                 wilson=wilson(successes, args.episodes), mean_length=float(played["length"].mean()),
                                 success=played["success"].tolist(), length=played["length"].tolist()))
-        world.close()
     write_json(args.out / "results.json", dict(args=json.loads(json.dumps(asdict(args), default=str)), results=results,
                                                **provenance()))
 
+    for r in results if args.videos else ():
+        chosen = [seed for kind in (True, False)
+                  for seed in [s for s, success in zip(seeds, r["success"]) if success == kind][:args.videos]]
+        played = worlds[r["domain"]].evaluate(acts[r["policy"]], chosen, "videos", video=True)
+        for seed, success, frames in zip(chosen, played["success"], played["frames"]):
+            envs.write_video(args.out / f"videos/{r['policy'].strip('./').replace('/', '-')}_{r['domain']}_{seed}_"
+                                        f"{'success' if success else 'failure'}.mp4", [frames])
     if args.videos:
-        for r in results:
-            label = f"{r['policy'].strip('./').replace('/', '-')}_{r['domain']}"
-            for kind in (True, False):
-                episodes = [s for s, won in zip(seeds, r["success"]) if won == kind][:args.videos]
-                for seed in episodes:
-                    frames, won = record(acts[r["policy"]], args.task, envs.DOMAINS[r["domain"]], seed)
-                    write_video(args.out / f"videos/{label}_{seed}_{'success' if won else 'failure'}.mp4", [frames])
-        last = args.policies[-1]
-        write_video(args.out / "twin_and_standin.mp4",
-                    [record(acts[last], args.task, envs.DOMAINS[d], seeds[0])[0] for d in ("twin", "standin")])
+        envs.write_video(args.out / f"{'_and_'.join(names)}.mp4", [
+            sum(world.evaluate(acts[args.policies[-1]], seeds[:4], video=True)["frames"], []) for world in worlds.values()])
+    for world in worlds.values():
+        world.close()
     print(f"\n{table(results)}\n\n{args.task}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"
-          f"{', videos and twin_and_standin.mp4' if args.videos else ''} in {args.out}")
+          f"{' and videos' if args.videos else ''} in {args.out}")
 
 
 def write_json(path: Path, content):

@@ -5,29 +5,39 @@
     decision = policy.act(obs, sample=True)             # rollout
     logprob, entropy, value = policy.evaluate(obs, decision.latent)   # PPO update; ratio 1 right after act
     obs = policy.encode(obs)                            # what frozen weights compute, once per observation
+    policy.save(folder)                                 # or save(folder, layout="lerobot" | "openpi" | "openvla")
 
-An observation batch: "image" uint8 [B,H,W,3] (or [B,N,H,W,3] for N cameras, with an optional bool "image_mask" [B,N]),
+An observation batch: "image" uint8 [B,H,W,3] (pi0.5 also [B,N,H,W,3] with an optional bool "image_mask" [B,N]),
 "state" float32 [B,S], "prompt" list of B instructions. Actions are physical (m, rad, gripper -1..1) outside this file.
+`python policy.py bench` measures the update against the public pi0.5 code's way of computing it.
 """
 
 import json
 import math
 import os
+import re
+import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaDecoderLayer, GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, LlamaRotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig, SiglipVisionEmbeddings
 
+VOCAB = 811  # small_tokenizer's
 PRESETS = {
     # From scratch in minutes on 2 CPU cores. No tanh GELU: it costs four times erf GELU or SiLU there.
     "tiny-pi05": {
@@ -35,12 +45,11 @@ PRESETS = {
         "vision": {"image_size": 64, "patch_size": 8, "hidden_size": 96, "num_hidden_layers": 2,
                    "num_attention_heads": 3, "intermediate_size": 192, "hidden_act": "gelu"},
         "vlm": {"width": 96, "depth": 3, "mlp_dim": 192, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32,
-                "hidden_act": "silu"},
+                "hidden_act": "silu", "vocab_size": VOCAB},
         "action_expert": {"width": 128, "depth": 3, "mlp_dim": 512, "num_heads": 3, "num_kv_heads": 1,
                           "head_dim": 32, "hidden_act": "silu"},
         "action_dim": 7, "action_horizon": 4, "chunk": 4, "max_token_len": 200, "num_steps": 4,
-        "noise_std": [0.2, 0.3], "loss_draws": 4, "value_hidden": [128, 128],
-        "number_embedding": True,
+        "noise_std": [0.2, 0.3], "loss_draws": 4, "value_hidden": [128, 128], "lora": [0, 0],
     },
     # Published pi0.5 sizes (openpi gemma_2b + gemma_300m, SigLIP so400m/14) and RLinf's RL-Co settings.
     "pi05": {
@@ -52,7 +61,30 @@ PRESETS = {
         "action_expert": {"width": 1024, "depth": 18, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 1,
                           "head_dim": 256},
         "action_dim": 32, "action_horizon": 8, "chunk": 4, "max_token_len": 200, "num_steps": 4,
-        "noise_std": [0.12, 0.16], "loss_draws": 1, "value_hidden": [512, 256, 128],
+        "noise_std": [0.12, 0.16], "loss_draws": 1, "value_hidden": [512, 256, 128], "lora": [0, 0],
+    },
+    "tiny-openvla": {
+        "type": "openvla", "image_size": 64, "patch_size": 8,
+        "dino": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128, "reg_tokens": 4},
+        "siglip": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128},
+        "llm": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+                "intermediate_size": 256, "vocab_size": VOCAB + 320, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                "max_position_embeddings": 2048},
+        "real_vocab_size": VOCAB + 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "empty_token_id": 261,
+        "action_dim": 7, "action_horizon": 4, "chunk": 4, "predict_stop_token": False, "temperature": 1.0,
+        "value_hidden": [128, 64], "lora": [0, 0],
+    },
+    # Published OpenVLA-7B; LoRA (rank, alpha) and value head as its authors and RL4VLA do.
+    "openvla-7b": {
+        "type": "openvla", "image_size": 224, "patch_size": 14,
+        "dino": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096, "reg_tokens": 4},
+        "siglip": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden": 4304},
+        "llm": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+                "intermediate_size": 11008, "vocab_size": 32064, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                "max_position_embeddings": 2048},
+        "real_vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000, "empty_token_id": 29871,
+        "action_dim": 7, "action_horizon": 1, "chunk": 1, "predict_stop_token": True, "temperature": 1.0,
+        "value_hidden": [512, 128], "lora": [32, 16],
     },
 }
 
@@ -106,29 +138,31 @@ def unnormalize(y: torch.Tensor, stats: dict, eps: float = 1e-6) -> torch.Tensor
     return torch.where(high > low, (y + 1) / 2 * (high - low + eps) + low, low)
 
 
-def resize_with_pad(image: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [B,H,W,3] -> [B,size,size,3], aspect kept, black bars; PIL's antialiased bilinear, as openpi's data."""
+def resize(image: torch.Tensor, size: int, pad: bool, how: Image.Resampling) -> torch.Tensor:
+    """uint8 [B,H,W,3] -> [B,size,size,3] with PIL, whose rounding the published policies were trained on; `pad` keeps
+    the aspect with black bars (openpi), otherwise the image is stretched (OpenVLA)."""
     h, w = image.shape[1:3]
     if (h, w) == (size, size):
         return image
-    ratio = max(h, w) / size
-    new_h, new_w = int(h / ratio), int(w / ratio)
-    x = F.interpolate(image.permute(0, 3, 1, 2).float(), (new_h, new_w), mode="bilinear", antialias=True)
-    top, left = (size - new_h) // 2, (size - new_w) // 2
-    x = F.pad(x.round().clamp(0, 255), (left, size - new_w - left, top, size - new_h - top))
-    return x.to(torch.uint8).permute(0, 2, 3, 1)
+    scale = max(h, w) / size
+    new = (int(w / scale), int(h / scale)) if pad else (size, size)
+    out = np.zeros((len(image), size, size, 3), np.uint8)
+    left, top = (size - new[0]) // 2, (size - new[1]) // 2
+    for row, array in zip(out, image.cpu().numpy()):
+        row[top : top + new[1], left : left + new[0]] = Image.fromarray(array).resize(new, how)
+    return torch.from_numpy(out).to(image.device)
 
 
 # ---- prompt -----------------------------------------------------------------------------------------------------
 
-PAD, EOS, BOS = 0, 1, 2  # PaliGemma's ids
+PAD, BOS = 0, 2  # PaliGemma's ids
 WORDS = """Task State Action In What action should the robot take to Out push pull pick place put open close move lift
 stack slide turn press a an of in on onto into from with and up down left right front back over under red green blue
 yellow black white cube block ball bowl plate drawer door box cup can goal target table region top middle bottom
 handle gripper""".split()
 
 
-def small_tokenizer(bos: int = BOS) -> Tokenizer:
+def small_tokenizer() -> Tokenizer:
     """Tokenizer of the tiny presets: one piece for each integer -1..255 and common word (with its space), characters
     and bytes for the rest, so any text encodes and a given instruction always has the same length."""
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f" {i}" for i in range(-1, 256)]
@@ -144,15 +178,11 @@ def small_tokenizer(bos: int = BOS) -> Tokenizer:
     return tokenizer
 
 
-def init_numbers(embedding: torch.Tensor, tokenizer: Tokenizer) -> None:
-    """Sinusoids of its value as each integer token's embedding [V,width], at the scale of the others: a model from
-    scratch then sees that neighbouring state bins are alike instead of learning 256 of them one by one."""
-    values = torch.arange(-1, 256)
-    freq = 2 * math.pi / torch.logspace(math.log10(8), 3, embedding.shape[1] // 2)
-    angle = values[:, None] * freq
-    ids = [tokenizer.token_to_id(f" {v}") for v in values.tolist()]
-    with torch.no_grad():
-        embedding[ids] = torch.cat([angle.sin(), angle.cos()], 1) * (2 / embedding.shape[1]) ** 0.5
+def init_numbers(weight: torch.Tensor, ids: list[int]) -> None:
+    """Sinusoids of the rank as the rows `ids` of weight [V,width], at its scale: a model from scratch then sees that
+    neighbouring bins are alike instead of learning 256 of them one by one."""
+    angle = torch.arange(len(ids))[:, None] * 2 * math.pi / torch.logspace(math.log10(8), 3, weight.shape[1] // 2)
+    weight[ids] = torch.cat([angle.sin(), angle.cos()], 1).to(weight) * 2**0.5 * weight.std()
 
 
 def state_text(state: np.ndarray) -> list[str]:
@@ -168,68 +198,112 @@ def pi05_prompt(prompt: str, state: str) -> str:
 
 # ---- what both policies share -----------------------------------------------------------------------------------
 
-def mlp(sizes: list[int], act: type[nn.Module]) -> nn.Sequential:
-    layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), act())]
-    return nn.Sequential(*layers[:-1])
+PALIGEMMA = "paligemma_with_expert.paligemma."
+HEADS = ("value_head.", "noise_head.")  # what RL adds to a published model; float32, kept in a file of their own
+
+
+def box(**children: nn.Module) -> nn.ModuleDict:
+    """A level of a checkpoint's key names."""
+    return nn.ModuleDict(children)
+
+
+def mlp(sizes: list[int], act: type[nn.Module], bias_last: bool = True) -> nn.Sequential:
+    layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), act())][:-1]
+    layers[-1] = nn.Linear(*sizes[-2:], bias=bias_last)
+    return nn.Sequential(*layers)
 
 
 class Policy(nn.Module):
-    """Statistics, device and checkpoint folder; the model and its losses are in the two subclasses."""
+    """Statistics, prompt encoding, what trains, and checkpoints; the model and its losses are in the two subclasses."""
 
-    def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer):
+    FROZEN: tuple  # what freeze("expert") freezes
+    UNTRAINED: tuple  # what no loss reaches, though checkpoints have it
+    FLOAT32: tuple = HEADS  # what stays in float32 when a dtype is asked for
+    TOKENIZER: str  # on the Hub, where a checkpoint comes without its own
+
+    def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__()
         self.config, self.stats, self.tokenizer = config, stats, tokenizer
         self.chunk, self.horizon = config["chunk"], config["action_horizon"]
         if not 1 <= self.chunk <= self.horizon:
             raise ValueError(f"chunk {self.chunk} must be between 1 and the horizon {self.horizon}")
+        self.gradient_checkpointing = False
+        self.source: Path | None = None  # the folder it was loaded from
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def stat(self, key: str) -> dict:
-        if self.stats is None:
-            raise ValueError("this policy has no statistics: give load_policy(stats=...) those of the training data")
+        if not self.stats or key not in self.stats:
+            raise ValueError(f"this policy has no statistics of {key}: give load_policy(stats=...) the training data's"
+                             + (f", or unnorm_key= one of {sorted(k)}" if (k := self.config.get("norm_stats")) else ""))
         return self.stats[key]
 
-    def save(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors, tokenizer.json and stats.json, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def encode_text(self, texts: list[str]) -> list[list[int]]:
+        if self.tokenizer is None:
+            try:
+                self.tokenizer = Tokenizer.from_pretrained(self.TOKENIZER)
+            except Exception as error:
+                raise FileNotFoundError(f"no tokenizer.json in {self.source}, and {self.TOKENIZER} is out of reach "
+                                        f"({error}): copy that model's tokenizer.json into the folder") from None
+        return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-        def put(name, write):
-            write(tmp := folder / f".{name}.tmp")
-            os.replace(tmp, folder / name)
+    def freeze(self, train: Literal["expert", "lora", "all"]) -> None:
+        """What trains besides the heads: "expert": all but what embeds the observation (pi0.5: SigLIP and the VLM;
+        OpenVLA: the vision towers and the projector); "lora": low-rank adapters on every linear layer; "all"."""
+        if train not in ("expert", "lora", "all"):
+            raise ValueError(f'what trains is "expert", "lora" or "all", not "{train}"')
+        if train == "lora":
+            self.add_lora()
+        for name, p in self.named_parameters():
+            p.requires_grad_(name.startswith(HEADS) or train == "all" or (
+                "lora_" in name if train == "lora" else not name.startswith(self.FROZEN)))
+            if name.startswith(self.UNTRAINED):
+                p.requires_grad_(False)
+        self.frozen_prefix = train == "expert"
 
-        seen, tensors = set(), {}
-        for name, p in reversed(self.state_dict().items()):  # reversed: of tied names keep lm_head, as openpi does
-            if p.data_ptr() not in seen:
-                seen.add(p.data_ptr())
-                tensors[name] = p.contiguous()
-        put("model.safetensors", lambda f: save_file(tensors, f, {"format": "pt"}))
-        put("config.json", lambda f: f.write_text(json.dumps(self.config, indent=1)))
-        put("tokenizer.json", lambda f: self.tokenizer.save(str(f)))
-        put("stats.json", lambda f: f.write_text(json.dumps(self.stats)))
+    def add_lora(self) -> None:
+        """LoRA (arXiv 2106.09685) of config["lora"] = (rank, alpha) in float32 on every linear layer but the heads."""
+        if self.lora_layers():
+            return
+        from peft import LoraConfig, inject_adapter_in_model  # imported here: only full-size fine-tuning needs it
+        names = [n for n, m in self.named_modules() if isinstance(m, nn.Linear)
+                 and not n.startswith((*HEADS, *self.UNTRAINED)) and not n.endswith("lm_head")]
+        rank, alpha = self.config["lora"] = [r or d for r, d in zip(self.config["lora"], (32, 16))]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names,
+                                           init_lora_weights="gaussian"), self)
+        for name, p in self.named_parameters():
+            if "lora_" in name:
+                p.data = p.data.float()
 
+    def lora_layers(self) -> dict[str, nn.Module]:
+        return {n: m for n, m in self.named_modules() if hasattr(m, "lora_A")}
 
-def load_policy(name: str | Path, stats: dict | None = None, **overrides) -> Policy:
-    """A preset's name gives random weights; a folder gives its checkpoint. `stats` replaces the folder's statistics,
-    `overrides` replace entries of its config (chunk, action_horizon, noise_std, ...)."""
-    folder = Path(name)
-    if str(name) in PRESETS:
-        config, tokenizer = PRESETS[str(name)], small_tokenizer()
-    elif (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        stats = stats or json.loads((folder / "stats.json").read_text())
-    else:
-        raise FileNotFoundError(f"{name}: neither a preset ({', '.join(PRESETS)}) nor a folder with a config.json")
-    if unknown := set(overrides) - set(config):
-        raise ValueError(f"{name} has no setting {sorted(unknown)}; it has {sorted(config)}")
-    policy = Pi05({**config, **overrides}, stats, tokenizer)
-    if str(name) not in PRESETS:
-        policy.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    return policy
+    def run(self, layer, *args, **kwargs):
+        """A layer, recomputed in the backward pass when gradient_checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+        return layer(*args, **kwargs)
+
+    def base_tensors(self, merge: bool = False) -> dict[str, torch.Tensor]:
+        """The published model's tensors under their names, heads left out; `merge` folds LoRA into the weights."""
+        adapters = self.lora_layers() if merge else {}
+        out = {}
+        for name, p in self.state_dict().items():
+            if name.startswith(HEADS) or "lora_" in name:
+                continue
+            owner = name.rsplit(".base_layer.", 1)[0]
+            if owner in adapters and name.endswith("weight"):
+                p = (p.float() + adapters[owner].get_delta_weight("default").float()).to(p.dtype)
+            out[name.replace(".base_layer.", ".")] = p
+        return out
+
+    def save(self, folder: str | Path, layout: str | None = None) -> None:
+        """Write a checkpoint folder, each file whole or not at all, config.json last: without `layout` all of this
+        policy (LoRA apart), with "openpi", "lerobot" or "openvla" also what that project's code needs to load it
+        (LoRA merged in). The heads are in heads.safetensors either way."""
+        save_checkpoint(self, Path(folder), layout)
 
 
 # ---- pi0.5 ------------------------------------------------------------------------------------------------------
@@ -255,7 +329,7 @@ class AdaRMSNorm(nn.Module):
 
     def forward(self, x, cond):
         """x [B,K,H,width], cond [B or 1,K,1,width] -> normed x, gate (float32)"""
-        scale, shift, gate = self.dense(cond).chunk(3, -1)
+        scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype)).float().chunk(3, -1)
         x32 = x.float()
         normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return torch.addcmul(shift, normed, 1 + scale).type_as(x), gate
@@ -297,128 +371,124 @@ def attend(q, k, v, mask):
 def gemma_layer(layer, x, rope, past=None, mask=None, cond=None, kv_only=False):
     """One layer of either stream on x [B,...,width], whose inner dimensions are tokens; `past` keys and values come
     first. Returns the new x and this layer's own keys and values."""
-    attn, B = layer.self_attn, len(x)
+    attn, B, d = layer.self_attn, len(x), layer.self_attn.head_dim
     h, gate = modulate(layer.input_layernorm, x, cond)
-    k = rotate(attn.k_proj(h).view(B, -1, attn.kv_heads, attn.head_dim), rope).transpose(1, 2)
-    v = attn.v_proj(h).view(B, -1, attn.kv_heads, attn.head_dim).transpose(1, 2)
+    k = rotate(attn.k_proj(h).view(B, -1, attn.config.num_key_value_heads, d), rope).transpose(1, 2)
+    v = attn.v_proj(h).view(B, -1, attn.config.num_key_value_heads, d).transpose(1, 2)
     if kv_only:
         return None, (k, v)
-    q = rotate(attn.q_proj(h).view(B, -1, attn.heads, attn.head_dim), rope)
+    q = rotate(attn.q_proj(h).view(B, -1, attn.config.num_attention_heads, d), rope)
     keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
     x = residual(x, attn.o_proj(attend(q, keys, values, mask)).view_as(x), gate)
     h, gate = modulate(layer.post_attention_layernorm, x, cond)
     return residual(x, layer.mlp(h), gate), (k, v)
 
 
-def gemma(cfg: dict, ada: bool) -> nn.Module:
-    """A Gemma stack's parameters under transformers' names; the joint forward is `gemma_layer`."""
+def gemma(cfg: dict, ada: bool) -> nn.ModuleDict:
+    """A Gemma stack's parameters under transformers' names; its forward is `gemma_layer`."""
     eps = cfg.get("rms_norm_eps", 1e-6)
     hf = GemmaConfig(hidden_size=cfg["width"], intermediate_size=cfg["mlp_dim"], num_attention_heads=cfg["num_heads"],
                      num_key_value_heads=cfg["num_kv_heads"], head_dim=cfg["head_dim"], rms_norm_eps=eps,
                      hidden_act=cfg.get("hidden_act", "gelu_pytorch_tanh"))
-    model = nn.Module()
-    model.layers = nn.ModuleList(GemmaDecoderLayer(hf, i) for i in range(cfg["depth"]))
-    model.norm = AdaRMSNorm(cfg["width"], eps) if ada else GemmaRMSNorm(cfg["width"], eps)
-    for layer in model.layers:
-        layer.self_attn.heads, layer.self_attn.kv_heads = cfg["num_heads"], cfg["num_kv_heads"]
-        if ada:
+    layers = nn.ModuleList(GemmaDecoderLayer(hf, i) for i in range(cfg["depth"]))
+    if ada:
+        for layer in layers:
             layer.input_layernorm, layer.post_attention_layernorm = (AdaRMSNorm(cfg["width"], eps) for _ in range(2))
-    return model
+    return box(layers=layers, norm=(AdaRMSNorm if ada else GemmaRMSNorm)(cfg["width"], eps))
 
 
 class Pi05(Policy):
     """pi0.5 (openpi's PyTorch model and key names) with Flow-Noise exploration (piRL, arXiv 2510.25889; RLinf) and
     a value head on the mean VLM prefix feature."""
 
-    def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer):
+    FROZEN = (PALIGEMMA,)
+    FLOAT32 = (*HEADS, "action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm", "model.norm",
+               "language_model.norm")
+    TOKENIZER = "google/paligemma-3b-pt-224"
+
+    def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__(config, stats, tokenizer)
-        vision, vlm, expert = config["vision"], dict(config["vlm"]), config["action_expert"]
-        vocab = vlm.setdefault("vocab_size", tokenizer.get_vocab_size())
+        vision, vlm, expert = config["vision"], config["vlm"], config["action_expert"]
         self.action_dim, self.num_steps, self.noise_std = config["action_dim"], config["num_steps"], config["noise_std"]
-        self.gradient_checkpointing = False
 
         siglip = SiglipVisionConfig(**{"hidden_act": "gelu_pytorch_tanh", **vision})
         siglip._attn_implementation = "sdpa"
-        tower = nn.Module()
-        tower.embeddings = SiglipVisionEmbeddings(siglip)
-        # SigLIP's own initialisation: with torch's default the positions would drown the pixels of a new model
-        nn.init.normal_(tower.embeddings.position_embedding.weight, std=vision["hidden_size"] ** -0.5)
-        nn.init.normal_(tower.embeddings.patch_embedding.weight, std=(3 * vision["patch_size"] ** 2) ** -0.5)
-        del tower.embeddings.position_ids  # not in checkpoints, so it could not come back from the meta device
-        tower.encoder = SiglipEncoder(siglip)
-        tower.post_layernorm = nn.LayerNorm(vision["hidden_size"], siglip.layer_norm_eps)
-
-        model = nn.Module()
-        model.vision_tower = nn.Module()
-        model.vision_tower.vision_model = tower
-        model.multi_modal_projector = nn.Module()
-        model.multi_modal_projector.linear = nn.Linear(vision["hidden_size"], vlm["width"])
-        model.language_model = gemma(vlm, ada=False)
-        model.language_model.embed_tokens = nn.Embedding(vocab, vlm["width"])
-        nn.init.normal_(model.language_model.embed_tokens.weight, std=vlm["width"] ** -0.5)
-        if config.get("number_embedding"):
-            init_numbers(model.language_model.embed_tokens.weight, tokenizer)
-
-        both = self.paligemma_with_expert = nn.Module()
-        both.paligemma = nn.Module()
-        both.paligemma.model = model
-        both.paligemma.lm_head = nn.Linear(vlm["width"], vocab, bias=False)
-        both.paligemma.lm_head.weight = model.language_model.embed_tokens.weight
-        both.gemma_expert = nn.Module()
-        both.gemma_expert.model = gemma(expert, ada=True)
-        both.gemma_expert.lm_head = nn.Linear(expert["width"], vocab, bias=False).requires_grad_(False)  # never used
+        tower = box(embeddings=SiglipVisionEmbeddings(siglip), encoder=SiglipEncoder(siglip),
+                    post_layernorm=nn.LayerNorm(vision["hidden_size"], siglip.layer_norm_eps))
+        del tower.embeddings.position_ids  # in no checkpoint, so it could not come back from the meta device
+        language_model = gemma(vlm, ada=False)
+        language_model["embed_tokens"] = nn.Embedding(vlm["vocab_size"], vlm["width"])
+        self.paligemma_with_expert = box(
+            paligemma=box(
+                model=box(vision_tower=box(vision_model=tower),
+                          multi_modal_projector=box(linear=nn.Linear(vision["hidden_size"], vlm["width"])),
+                          language_model=language_model),
+                lm_head=nn.Linear(vlm["width"], vlm["vocab_size"], bias=False)),
+            gemma_expert=box(model=gemma(expert, ada=True),
+                             lm_head=nn.Linear(expert["width"], vlm["vocab_size"], bias=False)))
+        self.tie()
         self.action_in_proj = nn.Linear(self.action_dim, expert["width"])
         self.action_out_proj = nn.Linear(expert["width"], self.action_dim)
         self.time_mlp_in = nn.Linear(expert["width"], expert["width"])
         self.time_mlp_out = nn.Linear(expert["width"], expert["width"])
         self.value_head = mlp([vlm["width"], *config["value_hidden"], 1], nn.ReLU)
         self.noise_head = mlp([expert["width"], 128, 64, self.action_dim], nn.Tanh)
-
-        self.tower, self.projector = [tower], [model.multi_modal_projector.linear]  # lists: not registered twice
-        self.vlm, self.expert = [model.language_model], [both.gemma_expert.model]
+        last = PALIGEMMA + f"model.language_model.layers.{vlm['depth'] - 1}."
+        self.UNTRAINED = ("paligemma_with_expert.gemma_expert.lm_head", PALIGEMMA + "model.language_model.norm", *(
+            last + part for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")))
         self.freeze("all")
 
-    def freeze(self, train: str) -> None:
-        """What trains: "expert" (SigLIP and the VLM frozen) or "all"."""
-        if train not in ("expert", "all"):
-            raise ValueError(f'what trains is "expert" or "all", not "{train}"')
-        self.paligemma_with_expert.paligemma.requires_grad_(train == "all")
-        self.frozen_prefix = train == "expert"
+    @property
+    def vlm(self):
+        return self.paligemma_with_expert.paligemma.model
+
+    def tie(self) -> None:
+        self.paligemma_with_expert.paligemma.lm_head.weight = self.vlm.language_model.embed_tokens.weight
+
+    def init_scratch(self) -> None:
+        """Initial weights of a new model. What was measured to matter: torch's default lets position embeddings drown
+        the pixels and leaves attention uniform; twice the query and key weights halve the error after 200 steps."""
+        e, words = self.vlm.vision_tower.vision_model.embeddings, self.vlm.language_model.embed_tokens.weight
+        nn.init.normal_(e.position_embedding.weight, std=e.embed_dim**-0.5)
+        nn.init.normal_(e.patch_embedding.weight, std=(3 * e.patch_size**2) ** -0.5)
+        nn.init.normal_(words, std=words.shape[1] ** -0.5)
+        init_numbers(words, [self.tokenizer.token_to_id(f" {i}") for i in range(-1, 256)])
+        for name, p in self.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")) and "vision_tower" not in name:
+                p.mul_(2)
 
     # -- the model ---------------------------------------------------------------------------------------------
 
-    def run(self, *args, **kwargs):
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(gemma_layer, *args, use_reentrant=False, **kwargs)
-        return gemma_layer(*args, **kwargs)
-
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         """[N,3,S,S] in [-1,1] -> [N,patches,VLM width]"""
-        tower, e = self.tower[0], self.tower[0].embeddings
+        tower, projector = self.vlm.vision_tower.vision_model, self.vlm.multi_modal_projector.linear
+        e = tower.embeddings
         x = e.patch_embedding(images.to(e.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         x = (x + e.position_embedding.weight).to(tower.post_layernorm.weight.dtype)
         for layer in tower.encoder.layers:
-            x = layer(x, None)
-        return self.projector[0](tower.post_layernorm(x).to(self.projector[0].weight.dtype))
+            x = self.run(layer, x, None)
+        return projector(tower.post_layernorm(x).to(projector.weight.dtype))
 
     def embed_prefix(self, images, image_masks, tokens, token_masks):
         """images [N,B,3,S,S] in [-1,1], image_masks [N,B], tokens and token_masks [B,T] -> embeddings [B,P,width],
         mask [B,P]. The towers see only cameras that are present; a camera that is absent everywhere takes no tokens."""
         keep = image_masks.any(1)
         images, image_masks = images[keep], image_masks[keep]
-        words = self.vlm[0].embed_tokens(tokens)
+        words = self.vlm.language_model.embed_tokens(tokens)
         words = words * words.shape[-1] ** 0.5
         if image_masks.all():
             patches = self.embed_images(images.flatten(0, 1)).unflatten(0, image_masks.shape)
         else:
             seen = self.embed_images(images[image_masks])
-            patches = seen.new_zeros(*image_masks.shape, *seen.shape[1:]).masked_scatter(image_masks[..., None, None], seen)
+            patches = seen.new_zeros(*image_masks.shape, *seen.shape[1:])
+            patches = patches.masked_scatter(image_masks[..., None, None], seen)
         mask = torch.cat([*image_masks[:, :, None].expand(-1, -1, patches.shape[2]), token_masks], 1)
         return torch.cat([*patches.to(words.dtype), words], 1), mask
 
     def prefix(self, x, mask, feature: bool) -> Prefix:
         """The VLM over prefix embeddings [B,P,width] with validity [B,P]; `feature` also runs the last layer's
-        attention and MLP, which only the value head reads."""
+        attention and MLP, which only the value head reads: without gradient, because the critic's early, large ones
+        would tear the prefix (as the last layer is in the flow loss, it stays as it is)."""
         cfg = self.config["vlm"]
         if mask.all():
             mask, length = None, torch.full((1,), x.shape[1], device=x.device)
@@ -426,24 +496,28 @@ class Pi05(Policy):
         else:
             length, positions, visible = mask.sum(1), mask.cumsum(1) - 1, mask[:, None].expand(-1, x.shape[1], -1)
         rope = rope_table(positions, cfg["head_dim"], cfg.get("rope_theta", 1e4))
-        kv, vlm = [], self.vlm[0]
+        kv, vlm = [], self.vlm.language_model
         for layer in vlm.layers:
-            x, own = self.run(layer, x, rope, mask=visible, kv_only=not feature and layer is vlm.layers[-1])
+            inputs, last = (layer, x, rope, None, visible), layer is vlm.layers[-1]
+            x, own = self.run(gemma_layer, *inputs, kv_only=last)
             kv.append(own)
+        mean = None
         if feature:
-            x = vlm.norm(x).float()
-            feature = x.mean(1) if mask is None else (x * mask[..., None]).sum(1) / length[:, None]
-        return Prefix(kv, mask, length, feature if torch.is_tensor(feature) else None)
+            with torch.no_grad():
+                x = vlm.norm(gemma_layer(*inputs)[0]).float()
+                mean = x.mean(1) if mask is None else (x * mask[..., None]).sum(1) / length[:, None]
+        return Prefix(kv, mask, length, mean)
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor, prefix: Prefix):
         """K noisy chunks per observation in one pass: x [B,K,H,D] at flow times t [B or 1,K] (1 = noise) ->
         velocity [B,K,H,D] and the expert's features [B,K,H,width], both float32. The K chunks share the prefix's keys
         and do not see each other."""
-        cfg, expert = self.config["action_expert"], self.expert[0]
+        cfg, expert = self.config["action_expert"], self.paligemma_with_expert.gemma_expert.model
         B, K, H, _ = x.shape
-        freq = torch.logspace(0, -3, cfg["width"] // 2, dtype=torch.float64, device=x.device) * 2 * math.pi
-        angle = t.double()[..., None] * freq / self.config.get("min_period", 4e-3)
-        cond = torch.cat([angle.sin(), angle.cos()], -1).float()
+        short, long = self.config.get("min_period", 4e-3), self.config.get("max_period", 4.0)
+        period = short * (long / short) ** torch.linspace(0, 1, cfg["width"] // 2, dtype=torch.float64, device=x.device)
+        angle = t.double()[..., None] * 2 * math.pi / period  # float32 would move the velocity by 1e-4
+        cond = torch.cat([angle.sin(), angle.cos()], -1).to(self.time_mlp_in.weight.dtype)
         cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(cond))))[:, :, None]
 
         positions = prefix.length[:, None] + torch.arange(H, device=x.device).repeat(K)
@@ -454,11 +528,11 @@ class Pi05(Policy):
             own = own[:, None] == own
             seen = own.new_ones(1, prefix.kv[0][0].shape[2]) if prefix.mask is None else prefix.mask
             mask = torch.cat([seen[:, None].expand(-1, K * H, -1), own.expand(len(seen), -1, -1)], 2)
-        h = self.action_in_proj(x).to(expert.layers[0].self_attn.q_proj.weight.dtype)
+        h = self.action_in_proj(x.to(self.action_in_proj.weight.dtype)).to(expert.layers[0].mlp.up_proj.weight.dtype)
         for layer, past in zip(expert.layers, prefix.kv):
-            h, _ = self.run(layer, h, rope, past=past, mask=mask, cond=cond)
+            h, _ = self.run(gemma_layer, layer, h, rope, past=past, mask=mask, cond=cond)
         h = expert.norm(h, cond)[0].float()
-        return self.action_out_proj(h), h
+        return self.action_out_proj(h.to(self.action_out_proj.weight.dtype)).float(), h
 
     # -- the contract ------------------------------------------------------------------------------------------
 
@@ -466,8 +540,7 @@ class Pi05(Policy):
         """Prompt token ids and validity [B,T], padded to the longest of the batch."""
         state = normalize(obs["state"].float().cpu(), self.stat("observation.state")).numpy()
         texts = [pi05_prompt(p, s) for p, s in zip(obs["prompt"], state_text(state))]
-        rows = [[BOS, *e.ids][: self.config["max_token_len"]]
-                for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        rows = [[BOS, *ids][: self.config["max_token_len"]] for ids in self.encode_text(texts)]
         longest = max(map(len, rows))
         ids = torch.tensor([r + [PAD] * (longest - len(r)) for r in rows], device=self.device)
         length = torch.tensor([len(r) for r in rows], device=self.device)
@@ -483,7 +556,8 @@ class Pi05(Policy):
         image = obs["image"].to(self.device)
         image = image[:, None] if image.ndim == 4 else image
         B, N = image.shape[:2]
-        image = resize_with_pad(image.transpose(0, 1).flatten(0, 1), self.config["vision"]["image_size"])
+        size = self.config["vision"]["image_size"]
+        image = resize(image.transpose(0, 1).flatten(0, 1), size, pad=True, how=Image.Resampling.BILINEAR)
         image = (image.permute(0, 3, 1, 2).float() / 255 * 2 - 1).unflatten(0, (N, B))
         present = obs["image_mask"].T.to(self.device) if "image_mask" in obs else image.new_ones(N, B).bool()
         with torch.no_grad() if self.frozen_prefix else nullcontext():
@@ -531,8 +605,9 @@ class Pi05(Policy):
         return x[..., : self.chunk, : len(self.stat("action")["q01"])]
 
     def chain_logprob(self, chain: torch.Tensor, prefix: Prefix):
-        """log-probability and entropy [B] of a denoising chain [B,K+1,H,D]: joint over its K+1 Gaussians (the initial
-        noise included) and the executed chunk's dimensions, divided by K+1 (piRL, RLinf's joint_logprob)."""
+        """A denoising chain [B,K+1,H,D] -> log-probability [B], joint over its K+1 Gaussians (the initial noise
+        included) and the executed chunk's dimensions, divided by K+1; entropy [B], the mean over all of these (piRL;
+        RLinf's joint_logprob)."""
         K = chain.shape[1] - 1
         v, feature = self.velocity(chain[:, :-1], self.times(K)[None], prefix)
         mean, std = self.sampled(chain[:, :-1] - v / K), self.sampled(self.flow_std(feature))
@@ -540,8 +615,8 @@ class Pi05(Policy):
         logprob = (-((nxt - mean) / std).square() / 2 - std.log()).sum((1, 2, 3)) - start.square().sum((1, 2)) / 2
         dims = (K + 1) * start[0].numel()
         logprob = logprob - dims * math.log(2 * math.pi) / 2
-        entropy = std.log().sum((1, 2, 3)) + dims * math.log(2 * math.pi * math.e) / 2
-        return logprob / (K + 1), entropy / (K + 1)
+        entropy = std.log().sum((1, 2, 3)) / dims + math.log(2 * math.pi * math.e) / 2
+        return logprob / (K + 1), entropy
 
     def denoise(self, x: torch.Tensor, prefix: Prefix, steps: int, sample: bool = False) -> torch.Tensor:
         """Euler integration from x [B,H,D] at t = 1 to t = 0 -> the chain [B,steps+1,H,D]; `sample` adds Flow-Noise."""
@@ -575,5 +650,570 @@ class Pi05(Policy):
         """logprob [B], entropy [B], value [B] of the chains [B,K+1,H,D] that `act` returned."""
         prefix = self.observe(obs, feature=True)
         logprob, entropy = self.chain_logprob(latent.to(self.device), prefix)
-        # detached, as RLinf does: the critic's early, large gradients would tear the prefix
-        return logprob, entropy, self.value_head(prefix.feature.detach()).squeeze(-1)
+        return logprob, entropy, self.value_head(prefix.feature).squeeze(-1)
+
+
+# ---- OpenVLA ----------------------------------------------------------------------------------------------------
+
+class ViTBlock(nn.Module):
+    """A pre-norm block under timm's names: OpenVLA's checkpoints and LoRA adapters have one fused qkv, which
+    transformers' DINOv2 and SigLIP split."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, scaled: bool):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.attn = box(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim))
+        self.mlp = box(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim))
+        if scaled:
+            self.ls1, self.ls2 = box(), box()
+            self.ls1.scale_factor, self.ls2.scale_factor = (nn.Parameter(torch.ones(dim)) for _ in range(2))
+
+    def forward(self, x):
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + (y * self.ls1.scale_factor if hasattr(self, "ls1") else y)
+        y = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+        return x + (y * self.ls2.scale_factor if hasattr(self, "ls2") else y)
+
+
+def vit(cfg: dict, size: int, patch: int) -> nn.ModuleDict:
+    """DINOv2 with registers, or (without "reg_tokens") SigLIP; the latter's unused pooling head included."""
+    dim, hidden, dino = cfg["embed_dim"], cfg["mlp_hidden"], bool(cfg.get("reg_tokens"))
+    tower = box(patch_embed=box(proj=nn.Conv2d(3, dim, patch, patch)),
+                blocks=nn.ModuleList(ViTBlock(dim, cfg["num_heads"], hidden, dino) for _ in range(cfg["depth"])),
+                norm=nn.LayerNorm(dim, 1e-6))
+    tower.pos_embed = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
+    if dino:
+        tower.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        tower.reg_token = nn.Parameter(torch.zeros(1, cfg["reg_tokens"], dim))
+    else:
+        tower["attn_pool"] = box(q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim),
+                                 norm=nn.LayerNorm(dim, 1e-6),
+                                 mlp=box(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
+        tower.attn_pool.latent = nn.Parameter(torch.zeros(1, 1, dim))
+    return tower
+
+
+class OpenVLA(Policy):
+    """OpenVLA (arXiv 2406.09246): fused DINOv2 and SigLIP patches after BOS, Llama, 7 action tokens an action. RL as in
+    RL4VLA and RLinf: everything is about the softmax over the 256 action tokens only. Predicts `chunk` actions."""
+
+    FROZEN = ("vision_backbone.", "projector.")
+    TOKENIZER = "openvla/openvla-7b"
+    # ImageNet's and SigLIP's constants, rounded to bfloat16 as the released processor has them
+    MEAN = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
+    STD = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
+
+    def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
+        super().__init__(config, stats, tokenizer)
+        dino, siglip, llm = config["dino"], config["siglip"], config["llm"]
+        fused, width = dino["embed_dim"] + siglip["embed_dim"], llm["hidden_size"]
+        self.vocab, self.tokens_per_action = config["real_vocab_size"], config["action_dim"]
+        self.vision_backbone = box(featurizer=vit(dino, config["image_size"], config["patch_size"]),
+                                   fused_featurizer=vit(siglip, config["image_size"], config["patch_size"]))
+        self.projector = box(fc1=nn.Linear(fused, 4 * fused), fc2=nn.Linear(4 * fused, width),
+                             fc3=nn.Linear(width, width))
+        rope = {"rope_type": "default", "rope_theta": llm.get("rope_theta", 1e4)}
+        self.llama = LlamaConfig(**{k: v for k, v in llm.items() if k != "rope_theta"}, rope_parameters=rope,
+                                 attn_implementation="sdpa")
+        self.language_model = box(model=LlamaModel(self.llama),
+                                  lm_head=nn.Linear(width, llm["vocab_size"], bias=False))
+        self.value_head = mlp([width, *config["value_hidden"], 1], nn.GELU, bias_last=False)
+        self.UNTRAINED = tuple(
+            f"vision_backbone.{name}.{part}." for name, cfg in (("featurizer", dino), ("fused_featurizer", siglip))
+            for part in (f"blocks.{cfg['depth'] - 1}", "norm", "attn_pool"))
+        self.freeze("all")
+
+    def init_scratch(self) -> None:
+        """Initial weights of a new model; ordered bins get smooth embeddings and output rows."""
+        model = self.language_model.model
+        nn.init.normal_(model.embed_tokens.weight, std=0.5)
+        for name, m in self.language_model.named_modules():
+            if isinstance(m, nn.Linear):
+                m.reset_parameters()
+                if name.endswith(("q_proj", "k_proj")):
+                    m.weight.mul_(2)
+        for weight in (model.embed_tokens.weight, self.language_model.lm_head.weight):
+            init_numbers(weight, list(range(self.vocab - 256, self.vocab)))
+
+    # -- the model ---------------------------------------------------------------------------------------------
+
+    def embed_patches(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 [B,H,W,3] -> projected patches [B,P,width]"""
+        size = self.config["image_size"]
+        image = resize(image.to(self.device), size, pad=False, how=Image.Resampling.BICUBIC)
+        image = image.permute(0, 3, 1, 2).float() / 255
+        mean, std = (image.new_tensor(c)[:, :, None, None] for c in (self.MEAN, self.STD))
+        return self.project((image - mean[0]) / std[0], (image - mean[1]) / std[1])
+
+    def project(self, *images: torch.Tensor) -> torch.Tensor:
+        """Normalised images [B,3,S,S] for DINOv2 and for SigLIP -> projected patches [B,P,width]; the features are
+        those of the second-to-last block, without a norm."""
+        features = []
+        for tower, x in zip((self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer), images):
+            x = tower.patch_embed.proj(x.to(tower.pos_embed.dtype)).flatten(2).transpose(1, 2) + tower.pos_embed
+            extra = 0
+            if hasattr(tower, "cls_token"):
+                extra = 1 + tower.reg_token.shape[1]
+                x = torch.cat([tower.cls_token.expand(len(x), -1, -1), tower.reg_token.expand(len(x), -1, -1), x], 1)
+            for block in tower.blocks[:-1]:
+                x = self.run(block, x)
+            features.append(x[:, extra:])
+        p = self.projector
+        return p.fc3(F.gelu(p.fc2(F.gelu(p.fc1(torch.cat(features, -1))))))
+
+    def hidden(self, patches, ids, mask, cache: bool = False):
+        """Llama on [BOS, patches, the rest of ids [B,T]] where mask [B,T] is True; padding lies before the prompt, so
+        the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm)."""
+        x = self.language_model.model.embed_tokens(ids)
+        x = torch.cat([x[:, :1], patches.to(x.dtype), x[:, 1:]], 1)
+        position = None
+        if mask.all():
+            mask = None
+        else:
+            mask = torch.cat([mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]], 1).long()
+            position = mask.cumsum(1) - 1
+        model = self.language_model.model
+        for layer in model.layers:  # not while decoding: it would drop the cache
+            layer.gradient_checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        return model(inputs_embeds=x, attention_mask=mask, position_ids=position, use_cache=cache), mask
+
+    def action_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [...,width] -> float32 logits [...,256] of the action tokens at the sampling temperature."""
+        rows = self.language_model.lm_head.weight[self.vocab - 256 : self.vocab]
+        return F.linear(hidden, rows).float() / self.config["temperature"]
+
+    def to_tokens(self, actions: torch.Tensor) -> torch.Tensor:
+        """Normalised actions [...,7] -> token ids: 256 edges on [-1,1], the bin number counted from the end of V."""
+        edges = torch.linspace(-1, 1, 256, dtype=torch.float64, device=actions.device)
+        return self.vocab - torch.bucketize(actions.double().clamp(-1, 1), edges, right=True)
+
+    def to_actions(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token ids -> normalised actions: the bins' centres; out-of-range ids are clipped."""
+        edges = torch.linspace(-1, 1, 256, dtype=torch.float64, device=ids.device)
+        return ((edges[1:] + edges[:-1]) / 2)[(self.vocab - ids - 1).clamp(0, 254)]
+
+    # -- the contract ------------------------------------------------------------------------------------------
+
+    def prompt(self, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids and validity [B,T]: BOS, padding to the longest of the batch, prompt, the lone blank before actions."""
+        texts = [f"In: What action should the robot take to {p.lower()}?\nOut:" for p in obs["prompt"]]
+        rows = [[*ids, self.config["empty_token_id"]] for ids in self.encode_text(texts)]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[self.config["bos_token_id"]] + [self.config["pad_token_id"]] * (longest - len(r)) + r
+                            for r in rows], device=self.device)
+        length = torch.tensor([len(r) for r in rows], device=self.device)
+        mask = torch.arange(longest, device=self.device) >= longest - length[:, None]
+        return ids, F.pad(mask, (1, 0), value=True)
+
+    @torch.no_grad()
+    def encode(self, obs: dict) -> dict:
+        """obs plus the frozen towers' output: patches [B,P,width]."""
+        return {**obs, "patches": self.patches(obs)} if self.frozen_prefix else obs
+
+    def patches(self, obs: dict) -> torch.Tensor:
+        if "patches" in obs:
+            return obs["patches"].to(self.device)
+        with torch.no_grad() if self.frozen_prefix else nullcontext():
+            return self.embed_patches(obs["image"])
+
+    def teacher_forced(self, obs: dict, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B,n+1,width] that predict tokens [B,n] and what follows them."""
+        ids, mask = self.prompt(obs)
+        ids, mask = torch.cat([ids, tokens], 1), F.pad(mask, (0, tokens.shape[1]), value=True)
+        return self.hidden(self.patches(obs), ids, mask)[0].last_hidden_state[:, -tokens.shape[1] - 1 :]
+
+    def sft_loss(self, batch: dict, reduce: bool = True) -> torch.Tensor:
+        """Token cross-entropy over the whole vocabulary, the mean over the unpadded actions' tokens (and the end token
+        of published models); a scalar, or [B] with reduce=False."""
+        action = batch["action"].float().to(self.device)
+        action = torch.where(self.masked(action), normalize(action, self.stat("action"), 1e-8), (action + 1) / 2)
+        keep = ~batch["action_is_pad"].to(self.device).repeat_interleave(self.tokens_per_action, 1)
+        return self.token_loss(batch, self.to_tokens(action).flatten(1), keep, reduce)
+
+    def token_loss(self, obs: dict, target, keep, reduce: bool = True) -> torch.Tensor:
+        """Cross-entropy of target tokens [B,n] where keep [B,n]."""
+        if self.config["predict_stop_token"]:
+            hidden = self.teacher_forced(obs, target)
+            target, keep = F.pad(target, (0, 1), value=self.config["eos_token_id"]), F.pad(keep, (0, 1), value=True)
+        else:
+            hidden = self.teacher_forced(obs, target[:, :-1])
+        logits = self.language_model.lm_head(hidden).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        loss = (loss * keep).sum(1) / keep.sum(1).clamp(min=1)
+        return loss.mean() if reduce else loss
+
+    @torch.no_grad()
+    def act(self, obs: dict, sample: bool) -> Decision:
+        """Decode `chunk` actions with the key-value cache: sampled from the action tokens' softmax, or greedily. The
+        log-probability comes from `evaluate` itself, so that their ratio is exactly 1 in any precision."""
+        obs = {**obs, "patches": self.patches(obs)}
+        ids, mask = self.prompt(obs)
+        out, mask = self.hidden(obs["patches"], ids, mask, cache=True)
+        value, tokens = self.value_head(out.last_hidden_state[:, -1].float()).squeeze(-1), []
+        for i in range(n := self.chunk * self.tokens_per_action):
+            logits = self.action_logits(out.last_hidden_state[:, -1])
+            pick = torch.multinomial(logits.softmax(-1), 1) if sample else logits.argmax(-1, keepdim=True)
+            tokens.append(self.vocab - 256 + pick)
+            if i < n - 1:
+                mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+                position = None if mask is None else mask.sum(1, keepdim=True) - 1
+                out = self.language_model.model(tokens[-1], attention_mask=mask, position_ids=position, use_cache=True,
+                                                past_key_values=out.past_key_values)
+        tokens = torch.cat(tokens, 1)
+        logprob = torch.zeros_like(value)
+        if sample:
+            logprob, _, value = self.evaluate(obs, tokens)
+        raw, stats = self.to_actions(tokens).unflatten(1, (self.chunk, -1)), self.stat("action")
+        actions = torch.where(self.masked(raw), unnormalize(raw, stats, 0), (raw > 0.5).to(raw) * 2 - 1)
+        return Decision(actions.float(), tokens, logprob, value)
+
+    def masked(self, actions: torch.Tensor) -> torch.Tensor:
+        """[7] True where statistics normalise; not the gripper of published ones, 0 closed .. 1 open there."""
+        return torch.tensor(self.stat("action").get("mask", [True] * actions.shape[-1]), device=actions.device)
+
+    @torch.no_grad()
+    def value(self, obs: dict) -> torch.Tensor:
+        """Value [B] of observations that nothing is done in: to bootstrap from the end of a rollout."""
+        return self.value_head(self.hidden(self.patches(obs), *self.prompt(obs))[0].last_hidden_state[:, -1].float())[:, 0]
+
+    def evaluate(self, obs: dict, latent: torch.Tensor):
+        """Action tokens [B,C*7] -> logprob [B] (their sum), entropy [B] (the mean over tokens), value [B], in one
+        teacher-forced pass."""
+        latent = latent.to(self.device)
+        hidden = self.teacher_forced(obs, latent[:, :-1])
+        logp = self.action_logits(hidden).log_softmax(-1)
+        logprob = logp.gather(-1, (latent - (self.vocab - 256))[..., None])[..., 0].sum(1)
+        return logprob, -(logp.exp() * logp).sum(-1).mean(1), self.value_head(hidden[:, 0].float())[:, 0]
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------------
+
+LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
+EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
+OPENPI_STATS = {"observation.state": "state", "action": "actions"}
+OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+LEROBOT_CONFIG = {"chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
+                  "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
+OPENVLA_CONFIG = {
+    "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "arch_specifier": "no-align+fused-gelu-mlp",
+    "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
+                 "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
+    "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
+    "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive", "llm_max_length": 2048,
+    "n_action_bins": 256, "output_projector_states": False,
+}
+
+
+def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
+                **overrides) -> Policy:
+    """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
+    RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content. `stats` replaces the statistics found there; `dtype`
+    converts on load, norms and heads excepted (None keeps the file's); `overrides` replace settings of its config
+    (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics). FileNotFoundError or
+    ValueError say in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
+    if preset := str(name) in PRESETS:
+        folder, tensors, config, tokenizer = None, {}, PRESETS[str(name)], small_tokenizer()
+    else:
+        folder = find_folder(str(name))
+        tensors = read_tensors(folder)
+        config, file = read_config(folder, tensors), folder / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
+    if unknown := set(overrides) - set(config) - {"unnorm_key"}:
+        raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(config))}")
+    config = {**config, **overrides}
+    with torch.device(device if preset else "meta"):
+        policy = (Pi05 if config["type"] == "pi05" else OpenVLA)(config, stats, tokenizer)
+    if not preset:
+        policy.stats, policy.source = stats or read_stats(folder, config), folder
+        fill(policy, tensors, dtype, device)
+        return policy
+    if policy.device.type != "meta":
+        with torch.no_grad():
+            policy.init_scratch()
+    for n, p in policy.named_parameters():
+        p.data = p.data if dtype is None or any(f in n for f in policy.FLOAT32) else p.data.to(dtype)
+    return policy
+
+
+def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) -> None:
+    """Put checkpoint tensors into a policy on the meta device, one at a time and without a second copy."""
+    if any("lora_" in k for k in tensors):
+        policy.add_lora()
+        tensors = {re.sub(r"\.(?=(weight|bias)$)", ".base_layer.", k) if k.rsplit(".", 1)[0] in policy.lora_layers()
+                   else k: v for k, v in tensors.items()}
+    if LM_HEAD in tensors or EMBED in tensors:
+        tensors = {LM_HEAD: tensors.get(EMBED), EMBED: tensors.get(LM_HEAD), **tensors}
+        if not (tied := torch.equal(tensors[LM_HEAD], tensors[EMBED])):
+            policy.paligemma_with_expert.paligemma.lm_head.weight = nn.Parameter(tensors[LM_HEAD].to("meta"))
+    want = policy.state_dict()
+    fresh = {k for k in want if k.startswith(HEADS) and k not in tensors}  # published checkpoints have none
+    problems = {"missing": [k for k in want if k not in tensors and k not in fresh],
+                "unexpected": [k for k in tensors if k not in want],
+                "of another shape": [f"{k} {list(tensors[k].shape)} instead of {list(v.shape)}"
+                                     for k, v in want.items() if k in tensors and tensors[k].shape != v.shape]}
+    if any(problems.values()):
+        raise ValueError(f"{policy.source} does not fit its configuration: "
+                         + "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v))
+    if LM_HEAD in want and tied:
+        del tensors[LM_HEAD]
+    for k, v in tensors.items():  # copied: file mappings are not aligned as CPU kernels want, and files change
+        wide = k.startswith(HEADS) or "lora_" in k or (dtype and any(f in k for f in policy.FLOAT32))
+        tensors[k] = v.to(device, torch.float32 if wide else dtype, copy=True)
+    policy.load_state_dict(tensors, strict=False, assign=True)
+    if LM_HEAD in want and tied:
+        policy.tie()
+    for name, m in policy.named_modules():
+        if f"{name}.weight" in fresh:
+            m.to_empty(device=device).reset_parameters()
+    if isinstance(policy, OpenVLA):  # its rotary frequencies are in no checkpoint
+        policy.language_model.model.rotary_emb = LlamaRotaryEmbedding(policy.llama).to(device)
+
+
+def find_folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir():
+        try:
+            return Path(snapshot_download(name, allow_patterns=["*.safetensors*", "*.json", "*.py", "*.model"]))
+        except Exception as error:
+            raise FileNotFoundError(f"{name}: no such folder, nor to be had from the Hub ({error})") from None
+    raise FileNotFoundError(f"{name}: neither a preset ({', '.join(PRESETS)}) nor a folder nor a Hub name")
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a folder, mapped from disk, under our names."""
+    files = [f for f in sorted(folder.glob("*.safetensors")) if "processor" not in f.name]
+    tensors = {}
+    for file in files or sorted(folder.glob("**/full_weights.pt")):  # .pt: RLinf's trainer
+        try:
+            tensors |= load_file(file) if files else torch.load(file, "cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
+    if not tensors:
+        raise FileNotFoundError(f"{folder} has no *.safetensors file: it is no checkpoint")
+    renames = ((r"^model\.(?=paligemma_with_expert|action_|time_mlp)", ""),  # lerobot
+               (r"^value_head\.mlp\.", "value_head."),  # RLinf
+               (r"^value_head\.head_l(\d)", lambda m: f"value_head.{2 * int(m[1]) - 2}"),  # RL4VLA
+               (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1", lambda m: f"noise_head.{2 * int(m[1])}"))
+    for pattern, to in renames:
+        tensors = {re.sub(pattern, to, k): v for k, v in tensors.items()}
+    return {k: v for k, v in tensors.items() if not k.startswith("noise_head.logvar_")}  # ours: config's noise_std
+
+
+def read_config(folder: Path, tensors: dict) -> dict:
+    """Our settings from any layout's config; the family is told by the key names."""
+    files = [f for f in (folder / "rlco.json", folder / "config.json", *folder.glob("*_config.json")) if f.is_file()]
+    try:
+        raw = json.loads(files[0].read_text()) if files else {}
+    except ValueError as error:
+        raise ValueError(f"{files[0]} is no JSON ({error})") from None
+    if EMBED in tensors or LM_HEAD in tensors:
+        config = {**PRESETS["pi05"], "lora": [0, 0]}
+        if "vision" not in raw and any(raw.get(k, v) != v for k, v in OPENPI_CONFIG.items()):
+            raise ValueError(f"{files[0]}: sizes are known for {OPENPI_CONFIG} only")
+        config |= {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
+        vocab = len(tensors[EMBED] if EMBED in tensors else tensors[LM_HEAD])
+        raw["vlm"] = {**raw.get("vlm", config["vlm"]), "vocab_size": vocab}
+        extra = ("min_period", "max_period")
+    elif "projector.fc1.weight" in tensors:
+        config, extra = PRESETS["openvla-7b"], ("norm_stats", "unnorm_key")
+        if (text := raw.get("text_config")) and "llm" not in raw:
+            theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
+            raw["llm"] = {**config["llm"], **{k: text[k] for k in config["llm"] if k in text}, "rope_theta": theta}
+            raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
+        raw["llm"] = {k: v for k, v in raw.get("llm", config["llm"]).items() if k in config["llm"]}
+    else:
+        raise ValueError(f"{folder} is neither pi0.5 (no {LM_HEAD}) nor OpenVLA (no projector.fc1.weight)")
+    config = {**config, **{k: v for k, v in raw.items() if (k in config or k in extra) and k != "type"}}
+    hidden = [len(v) for k, v in sorted(tensors.items()) if re.fullmatch(r"value_head\.\d\.weight", k)]
+    return {**config, "value_hidden": hidden[:-1] or config["value_hidden"],
+            "chunk": min(config["chunk"], config["action_horizon"])}
+
+
+def read_stats(folder: Path, config: dict) -> dict | None:
+    """Statistics in LeRobot's form from whichever file the layout keeps them in."""
+    if (file := folder / "stats.json").is_file():
+        return json.loads(file.read_text())
+    stats = {}
+    for file in sorted(folder.glob("policy_preprocessor*.safetensors")):  # lerobot
+        for key, value in load_file(file).items():
+            stats.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value.flatten().tolist()
+    for file in sorted(folder.glob("**/norm_stats.json"))[:1]:  # openpi, RLinf
+        theirs = json.loads(file.read_text())["norm_stats"]
+        stats |= {o: theirs[t] for o, t in OPENPI_STATS.items() if t in theirs}
+    sets = config.get("norm_stats") or {}  # OpenVLA
+    key = config.get("unnorm_key") or (next(iter(sets)) if len(sets) == 1 else None)
+    if key and key not in sets:
+        raise ValueError(f"{folder} has no statistics {key}; unnorm_key can be {', '.join(sorted(sets))}")
+    return stats or ({"action": sets[key]["action"]} if key else None)
+
+
+def save_checkpoint(policy: Policy, folder: Path, layout: str | None) -> None:
+    pi05 = isinstance(policy, Pi05)
+    if layout not in (None, *(layouts := ("openpi", "lerobot") if pi05 else ("openvla",))):
+        raise ValueError(f"a {policy.config['type']} policy is saved as {' or '.join(layouts)}, not as {layout}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def put(name: str, content) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        tmp = (folder / name).with_name(f".{Path(name).name}.tmp")
+        if isinstance(content, Path):
+            shutil.copyfile(content, tmp)
+        elif name.endswith(".safetensors"):
+            save_file({k: v.contiguous() for k, v in content.items()}, tmp, {"format": "pt"})
+        else:
+            tmp.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+        os.replace(tmp, folder / name)
+
+    tensors = policy.base_tensors(merge=layout is not None)
+    if pi05 and tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr():
+        if layout == "lerobot":
+            tensors[LM_HEAD] = tensors[EMBED].clone()
+        else:
+            del tensors[EMBED]  # openpi's loader wants a tied tensor once, under this name
+    if layout == "lerobot":
+        tensors = {f"model.{k}": v for k, v in tensors.items()}
+    if layout and policy.source and policy.source.resolve() != folder.resolve():
+        for file in policy.source.rglob("*"):  # what their loaders need besides: code, tokenizer, image processor
+            if file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith((".index.json", "config.json")):
+                put(str(file.relative_to(policy.source)), file)
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB" if layout == "openvla" else "1TB",
+                                              filename_pattern="model{suffix}.safetensors")
+    for file in set(folder.glob("model*.safetensors*")) - {folder / n for n in plan.filename_to_tensors}:
+        file.unlink()
+    for name, keys in plan.filename_to_tensors.items():
+        put(name, {k: tensors[k] for k in keys})
+    put("heads.safetensors", {k: v for k, v in policy.state_dict().items()
+                              if k.startswith(HEADS) or ("lora_" in k and not layout)})
+    if plan.is_sharded:
+        put("model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    if policy.tokenizer is not None:
+        put("tokenizer.json", policy.tokenizer.to_str())
+    config, stats = policy.config, policy.stats or {}
+    put("stats.json", stats)
+    if layout == "lerobot":
+        put("rlco.json", config)
+        config = lerobot_config(policy, put)
+    elif pi05:
+        theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
+                  for o, t in OPENPI_STATS.items() if o in stats}
+        for file in [*folder.glob("**/norm_stats.json")] or [folder / "assets/rlco/norm_stats.json"]:
+            put(str(file.relative_to(folder)), {"norm_stats": theirs})
+        config = {**OPENPI_CONFIG, **config}
+    else:
+        ours = {config.get("unnorm_key") or "rlco": {"action": stats["action"]}} if "action" in stats else {}
+        config = {**OPENVLA_CONFIG, **config, "norm_stats": {**(config.get("norm_stats") or {}), **ours},
+                  "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
+                  "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
+    put("config.json", config)
+
+
+def lerobot_config(policy: Pi05, put) -> dict:
+    """Write lerobot's two processor pipelines, which hold the statistics; returns its config.json."""
+    stats, size = {k: v for k, v in (policy.stats or {}).items() if k in OPENPI_STATS}, policy.config["vision"]["image_size"]
+    flat = {f"{f}.{k}": torch.tensor(v, dtype=torch.float32) for f, s in stats.items() for k, v in s.items()}
+    inputs = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, size, size]}}
+    if stats:
+        inputs["observation.state"] = {"type": "STATE", "shape": [len(stats["observation.state"]["q01"])]}
+    outputs = {"action": {"type": "ACTION", "shape": [len(stats["action"]["q01"]) if stats else policy.action_dim]}}
+    modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+    text = {"max_length": policy.config["max_token_len"], "task_key": "task", "padding_side": "right",
+            "padding": "max_length", "truncation": True, "tokenizer_name": policy.TOKENIZER}
+    device = ("device_processor", {"device": "cpu", "float_dtype": None})
+    for name, steps in {
+        "policy_preprocessor": [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {}),
+                                ("normalizer_processor", {"features": {**inputs, **outputs}, "norm_map": modes}),
+                                ("pi05_prepare_state_tokenizer_processor_step", {}), ("tokenizer_processor", text), device],
+        "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": modes}), device]}.items():
+        entries = [{"registry_name": n, "config": c} for n, c in steps]
+        for i, entry in enumerate(entries):
+            if "normalizer" in entry["registry_name"] and flat:
+                entry["state_file"] = f"{name}_step_{i}_{entry['registry_name']}.safetensors"
+                put(entry["state_file"], flat)
+        put(f"{name}.json", {"name": name, "steps": entries})
+    return {"type": "pi05", **OPENPI_CONFIG, **{t: policy.config[o] for t, o in LEROBOT_CONFIG.items()},
+            "image_resolution": [size, size], "normalization_mapping": modes, "input_features": inputs,
+            "output_features": outputs}
+
+
+# ---- python policy.py bench -------------------------------------------------------------------------------------
+
+@dataclass
+class Bench:
+    """Throughput of pi0.5's PPO update (evaluate and backward), and the same weights computed as the public PyTorch
+    code does it: three cameras of which two are masked, a 200-token padded prompt, a loop over the denoising steps,
+    eager attention."""
+    depth: int = 2
+    """layers kept of each of the three transformers, at full width; 0 keeps all"""
+    batch: int = 2
+    repeats: int = 3
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16: bool = torch.cuda.is_available()
+
+
+def as_published(policy: Pi05) -> None:
+    """Make a policy compute what it can avoid, with unchanged results."""
+    def observe(obs, feature):
+        ids, mask = Pi05.tokens(policy, obs)
+        pad = (0, policy.config["max_token_len"] - ids.shape[1])
+        image = obs["image"].to(policy.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        patches = policy.embed_images(torch.cat([image, image * 0 - 1, image * 0 - 1])).chunk(3)
+        words = policy.vlm.language_model.embed_tokens(F.pad(ids, pad))
+        there = torch.arange(3, device=policy.device).repeat_interleave(patches[0].shape[1]) == 0
+        return policy.prefix(torch.cat([*patches, words * words.shape[-1] ** 0.5], 1),
+                             torch.cat([there.expand(len(ids), -1), F.pad(mask, pad)], 1), feature)
+
+    def velocity(x, t, prefix):
+        steps = [Pi05.velocity(policy, x[:, k : k + 1], t[:, k : k + 1], prefix) for k in range(x.shape[1])]
+        return tuple(torch.cat(parts, 1) for parts in zip(*steps))
+
+    def eager(q, k, v, mask):
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
+        scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask[:, None], -2.3819763e38).softmax(-1, torch.float32).type_as(v)
+        return (scores @ v).transpose(1, 2).flatten(2)
+
+    policy.observe, policy.velocity = observe, velocity
+    policy.vlm.vision_tower.vision_model.encoder.config._attn_implementation = "eager"
+    globals()["attend"] = eager
+
+
+def bench(args: Bench) -> None:
+    sizes = {k: dict(PRESETS["pi05"][k]) for k in ("vision", "vlm", "action_expert")}
+    for cfg, key in zip(sizes.values(), ("num_hidden_layers", "depth", "depth")):
+        cfg[key] = args.depth or cfg[key]
+    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    policy = load_policy("pi05", {"observation.state": one, "action": one}, torch.bfloat16 if args.bf16 else None,
+                         args.device, **sizes)
+    size, rates = sizes["vision"]["image_size"], {}
+    obs = {"image": torch.randint(0, 256, (args.batch, size, size, 3), dtype=torch.uint8),
+           "state": torch.rand(args.batch, 7) * 2 - 1, "prompt": ["push the cube to the target"] * args.batch}
+    chain = policy.act(obs, sample=True).latent
+    for way in ("here", "as published"):
+        if way == "as published":
+            as_published(policy)
+        for train in ("all", "expert"):
+            policy.freeze(train)
+            for i in range(args.repeats + 1):  # the first warms up
+                start = time.perf_counter() if i < 2 else start
+                logprob, _, value = policy.evaluate(obs, chain)
+                (logprob + value).mean().backward()
+                policy.zero_grad()
+                if args.device != "cpu":
+                    torch.cuda.synchronize()
+            rates[way, train] = args.repeats * args.batch / (time.perf_counter() - start)
+            print(f"{way:13} {train:7} {rates[way, train]:8.3f} samples/s   logprob {logprob.mean().item():.4f}")
+    for train in ("all", "expert"):
+        print(f"update of {train}: {rates['here', train] / rates['as published', train]:.1f} times the published way's")
+
+
+if __name__ == "__main__":
+    import sys
+
+    import tyro
+    if sys.argv[1:2] != ["bench"]:
+        raise SystemExit("usage: python policy.py bench [--help]")
+    bench(tyro.cli(Bench, args=sys.argv[2:]))

@@ -152,7 +152,8 @@ def main(args: Args):
         if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - {"iterations", "wandb"}:
             raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
                              f"or delete that folder")
-        start, updates, metrics = state["iteration"], state["updates"], state["metrics"]
+        start, updates = state["iteration"], state["updates"]
+        metrics = state["metrics"] if start >= args.iterations else state["metrics"][:start]  # without a last validation
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
@@ -169,21 +170,31 @@ def main(args: Args):
     writer = SummaryWriter(args.out / "tensorboard", purge_step=start or None)
     twin, standin = envs.VecEnv(args.task, envs.TWIN, args.num_envs), envs.VecEnv(args.task, envs.STANDIN, args.eval_envs)
     decisions = -(-twin.max_episode_steps // policy.chunk)  # a rollout: the longest episode
-    val_seeds = range(envs.SEEDS["validation"], envs.SEEDS["validation"] + args.eval_episodes)
     print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and {sum(p.numel() for p in critic):,}"
           f" of the critic train on {device}; {args.num_envs} x {decisions} decisions an iteration; beta {args.beta}")
+
+    def validate(iteration):
+        """Success without exploration in both domains, imitation loss on held-out real data, the best checkpoint."""
+        nonlocal best
+        policy.eval()
+        log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes,
+                            args.out / f"videos/iteration_{iteration}.mp4")
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            log["eval/real_loss"] = policy.sft_loss(held_out).item()
+        if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
+            best = log["eval/success_twin"]
+            policy.save(args.out / "best")
+        tqdm.write(f"iteration {iteration}: success twin {log['eval/success_twin']:.0%}, stand-in "
+                   f"{log['eval/success_standin']:.0%}; held-out real loss {log['eval/real_loss']:.3f}")
+        return log
 
     bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc="stage II", unit="iteration")
     for iteration in bar:
         log, began = dict(iteration=iteration), time.time()
 
         if iteration % args.eval_every == 0:
-            evaluate(policy, dict(twin=twin, standin=standin), val_seeds, held_out, log)
-            if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
-                best = log["eval/success_twin"]
-                policy.save(args.out / "best")
-            tqdm.write(f"iteration {iteration}: success twin {log['eval/success_twin']:.0%}, stand-in "
-                       f"{log['eval/success_standin']:.0%}; held-out real loss {log['eval/real_loss']:.3f}")
+            log |= validate(iteration)
             began = time.time()
 
         # rollout in the twin; every iteration has its own episodes, so that a resumed run is the same run
@@ -263,13 +274,8 @@ def main(args: Args):
             writer.add_scalar(key, value, iteration)
         bar.set_postfix(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}",
                         anchor=f"{log['loss/anchor']:.3f}")
-        last = iteration + 1 == args.iterations
-        if last:
-            metrics.append(dict(iteration=args.iterations))
-            evaluate(policy, dict(twin=twin, standin=standin), val_seeds, held_out, metrics[-1])
-            if metrics[-1]["eval/success_twin"] > best:
-                best = metrics[-1]["eval/success_twin"]
-                policy.save(args.out / "best")
+        if iteration + 1 == args.iterations:
+            metrics.append(dict(iteration=args.iterations, **validate(args.iterations)))
         policy.save(args.out / "last")
         torch.save(dict(args=settings, iteration=iteration + 1, updates=updates, metrics=metrics,
                         policy=policy.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state()),
@@ -282,17 +288,6 @@ def main(args: Args):
     writer.close(), twin.close(), standin.close()
     print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; curve in "
           f"{args.out}/learning_curve.png; tensorboard --logdir {args.out}; next: python eval_real.py")
-
-
-def evaluate(policy, environments, seeds, held_out, log):
-    """Success without exploration in each environment, and the imitation loss on held-out real demonstrations."""
-    policy.eval()
-    for name, env in environments.items():
-        result = env.evaluate(lambda obs: policy.act(obs, sample=False).actions.cpu(), seeds, f"  {name}")
-        log[f"eval/success_{name}"], log[f"eval/length_{name}"] = result["success"].mean(), result["length"].mean()
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
-        log["eval/real_loss"] = policy.sft_loss(held_out).item()
 
 
 if __name__ == "__main__":

@@ -118,7 +118,6 @@ def main(args: Args):
     writer = SummaryWriter(args.out / "tensorboard", purge_step=step or None)
     writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
     twin, standin = (envs.VecEnv(args.task, domain, args.num_envs) for domain in (envs.TWIN, envs.STANDIN))
-    seeds = range(envs.SEEDS["validation"], envs.SEEDS["validation"] + args.eval_episodes)
     eval_every = math.ceil(args.steps / args.evaluations)
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
@@ -149,22 +148,19 @@ def main(args: Args):
 
         if step % eval_every == 0 or step == args.steps:
             policy.eval()
-            success = {}
-            for name, env in (("twin", twin), ("standin", standin)):
-                result = env.evaluate(lambda obs: policy.act(obs, sample=False).actions.cpu(), seeds, f"  {name}")
-                success[name] = result["success"].mean()
-                writer.add_scalar(f"eval/success_{name}", success[name], step)
-                writer.add_scalar(f"eval/length_{name}", result["length"].mean(), step)
+            log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes,
+                                args.out / f"videos/step_{step}.mp4")
             with torch.no_grad(), torch.random.fork_rng():
                 torch.manual_seed(0)
-                val_loss = policy.sft_loss(held_out).item()
-            writer.add_scalar("loss/real_held_out", val_loss, step)
+                log["eval/real_loss"] = policy.sft_loss(held_out).item()
             policy.train()
-            tqdm.write(f"step {step}: success twin {success['twin']:.0%}, stand-in {success['standin']:.0%}; "
-                       f"held-out real loss {val_loss:.3f}")
+            for key, value in log.items():
+                writer.add_scalar(key, value, step)
+            tqdm.write(f"step {step}: success twin {log['eval/success_twin']:.0%}, stand-in "
+                       f"{log['eval/success_standin']:.0%}; held-out real loss {log['eval/real_loss']:.3f}")
             policy.save(args.out / "last")
-            if success["twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
-                best = float(success["twin"])
+            if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
+                best = log["eval/success_twin"]
                 policy.save(args.out / "best")
             torch.save(dict(args=settings, step=step, best=best, policy=policy.state_dict(), rng=torch.get_rng_state(),
                             optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()),
