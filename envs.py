@@ -315,7 +315,7 @@ class TabletopEnv(BaseEnv):
     def _initialize_episode(self, env_idx, options):
         b = len(env_idx)
         low, high = torch.tensor(self.start_tcp, device=self.device)
-        q = inverse_kinematics(self.home.expand(b, 7), *self._down(low + (high - low) * torch.rand(b, 3)), 20)
+        q = inverse_kinematics(self.home.expand(b, 7), *self._down(low + (high - low) * torch.rand(b, 3, device=self.device)), 20)
         finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
         self.agent.robot.set_qpos(torch.cat([q, finger], -1))
         self._place_objects(env_idx)

@@ -32,8 +32,8 @@ class Args:
     """checkpoints to compare: folders, or names on the Hub"""
     task: str = "push_cube"
     """a task of envs.py"""
-    target: Literal["standin", "twin", "both"] = "both"
-    """where: in the stand-in (which plays the real robot), in the twin, or in both"""
+    target: Literal["standin", "twin"] = "standin"
+    """where: in the stand-in (which plays the real robot) beside the twin, or in the twin alone"""
     episodes: int = 100
     """episodes for each checkpoint and domain, the same for all of them"""
     num_envs: int = 32
@@ -70,7 +70,7 @@ def main(args: Args):
                                 f"then `python train_rlco.py` runs/rlco/best")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policies = {name: load_policy(name).to(device).eval() for name in args.policies}
-    names = ["twin", "standin"] if args.target == "both" else [args.target]
+    names = ["twin"] if args.target == "twin" else ["twin", args.target]
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     args.out.mkdir(parents=True, exist_ok=True)
 

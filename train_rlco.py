@@ -42,8 +42,8 @@ class Args:
     """held-out real demonstrations, on which forgetting is measured (default: demos/TASK-standin-val)"""
     beta: float = 0.2
     """weight of the supervised loss on real demonstrations; 0 is plain RL"""
-    train: Literal["all", "expert"] = "expert"
-    """which weights train: all of them, or the action expert and the heads alone (the frozen part is computed once)"""
+    train: Literal["expert", "lora", "all"] = "expert"
+    """which weights train: all but those that embed the observation (whose work is then done once), LoRA, or all"""
     iterations: int = 16
     """rollouts, each followed by an update"""
     num_envs: int = 64
@@ -51,6 +51,12 @@ class Args:
     update_epochs: int = 2
     minibatch_size: int = 128
     """decisions (chunks) in a gradient step; the anchor adds as many real samples"""
+    accumulate: int = 1
+    """backward passes in a gradient step: more of them need less memory"""
+    bf16: bool = False
+    """weights in bfloat16 (heads, LoRA and norms stay in float32), to fit a large policy on a GPU"""
+    gradient_checkpointing: bool = False
+    """compute activations twice instead of keeping them"""
     lr: float = 1e-4
     value_lr: float = 1e-3
     gamma: float = 0.99
@@ -134,13 +140,14 @@ def main(args: Args):
     held_out = data.load_dataset(args.real_val or Path(f"demos/{args.task}-standin-val"))
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(args.policy).to(device)
+    policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
     policy.freeze(args.train)
+    policy.gradient_checkpointing = args.gradient_checkpointing
     critic = list(policy.value_head.parameters())
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not c for c in critic)]
     optimizer = torch.optim.AdamW([dict(params=actor, lr=args.lr), dict(params=critic, lr=args.value_lr)],
                                   betas=(0.9, 0.95), weight_decay=0)
-    real_batches = data.Mixture(real, None, 0, args.minibatch_size, policy.horizon, args.seed)
+    real_batches = data.Mixture(real, None, 0, args.minibatch_size // args.accumulate, policy.horizon, args.seed)
     held_out = data.Mixture(held_out, None, 0, 256, policy.horizon, seed=0)[0]
 
     # resume a killed run, leave a finished one alone
@@ -200,7 +207,7 @@ def main(args: Args):
         # rollout in the twin; every iteration has its own episodes, so that a resumed run is the same run
         policy.eval()
         obs = twin.reset(envs.SEEDS["rl"] + iteration * 10_000)
-        steps, control_steps = [], 0
+        steps = []
         for _ in range(decisions):
             obs = policy.encode(obs)
             decision = policy.act(obs, sample=True)
@@ -226,8 +233,7 @@ def main(args: Args):
         log["rollout/return"] = (column["reward"] * (torch.arange(decisions, device=device)[:, None] <= first)
                                  ).sum(0).mean().item()
         log["rollout/explained_variance"] = explained.item()
-        control_steps = decisions * policy.chunk * args.num_envs
-        log["time/rollout_steps_per_second"] = control_steps / (time.time() - began)
+        log["time/rollout_steps_per_second"] = decisions * policy.chunk * args.num_envs / (time.time() - began)
 
         # update
         policy.train()
@@ -235,27 +241,28 @@ def main(args: Args):
                        logprob=column["logprob"].flatten(), value=column["value"].flatten(),
                        returns=returns.flatten(), advantage=((advantage - advantage.mean()) / (advantage.std() + 1e-8)
                                                              ).flatten())
-        warming_up, history, stop = iteration < args.critic_warmup, [], False
+        warming_up, history = iteration < args.critic_warmup, []
         size = len(rollout["logprob"])
-        for _ in range(args.update_epochs):
-            for rows in torch.randperm(size).split(args.minibatch_size):
-                minibatch = {k: index_obs(v, rows) if k == "obs" else v[rows] for k, v in rollout.items()}
-                real_batch = real_batches[updates] if args.beta and not warming_up else None
+        for rows in (rows for _ in range(args.update_epochs) for rows in torch.randperm(size).split(args.minibatch_size)):
+            optimizer.zero_grad()
+            step = []
+            for part, micro in enumerate(rows.chunk(args.accumulate)):
+                minibatch = {k: index_obs(v, micro) if k == "obs" else v[micro] for k, v in rollout.items()}
+                anchored = args.beta and not warming_up
+                real_batch = real_batches[updates * args.accumulate + part] if anchored else None
                 loss, parts = rlco_loss(policy, minibatch, real_batch, args)
                 if not torch.isfinite(loss):
                     raise SystemExit(f"the loss is {loss.item()} in iteration {iteration}: lower --lr; "
                                      f"{args.out}/last is the last good checkpoint")
-                if parts["approx_kl"] > args.target_kl:
-                    stop = True
-                    break
-                optimizer.zero_grad()
-                (parts["value"] if warming_up else loss).backward()
-                parts["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor + critic, args.max_grad_norm)
-                optimizer.step()
-                history.append({k: v.item() for k, v in parts.items()})
-                updates += 1
-            if stop:
+                ((parts["value"] if warming_up else loss) * len(micro) / len(rows)).backward()
+                step.append({k: v.item() for k, v in parts.items()})
+            step = {k: float(np.mean([s[k] for s in step])) for k in step[0]}
+            if step["approx_kl"] > args.target_kl:
                 break
+            step["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor + critic, args.max_grad_norm).item()
+            optimizer.step()
+            history.append(step)
+            updates += 1
         if not history:
             raise SystemExit(f"iteration {iteration}: the KL divergence exceeds --target-kl before the first step: "
                              f"acting and evaluating disagree; {args.out}/last is the last good checkpoint")

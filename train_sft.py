@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import envs
-from policy import load_policy
+from policy import index_obs, load_policy
 
 
 @dataclass
@@ -45,11 +45,18 @@ class Args:
     """held-out real demonstrations, on which only the imitation loss is measured (default: demos/TASK-standin-val)"""
     alpha: float = 0.8
     """share of simulated samples in every batch: 0 is real-only, 1 is sim-only"""
-    train: Literal["all", "expert"] = "all"
-    """which weights train: all of them, or the action expert and the heads alone"""
+    train: Literal["expert", "lora", "all"] = "all"
+    """which weights train: all but those that embed the observation, LoRA, or all"""
     steps: int = 500
     """gradient steps"""
     batch_size: int = 128
+    """samples in a gradient step"""
+    accumulate: int = 1
+    """backward passes in a gradient step: more of them need less memory"""
+    bf16: bool = False
+    """weights in bfloat16 (heads, LoRA and norms stay in float32), to fit a large policy on a GPU"""
+    gradient_checkpointing: bool = False
+    """compute activations twice instead of keeping them"""
     lr: float = 1e-3
     """peak learning rate; 2 % linear warm-up, then a cosine to a tenth"""
     weight_decay: float = 1e-4
@@ -60,8 +67,8 @@ class Args:
     """episodes of each evaluation, on validation seeds"""
     num_envs: int = 32
     """environments that evaluate in parallel, spread over the cores"""
-    workers: int = 0
-    """processes that load batches; 0 loads in this one, the fastest while the frames fit in memory"""
+    workers: int | None = None
+    """processes that load batches (default: none while all frames fit in memory, else one a core)"""
     seed: int = 1
     out: Path = Path("runs/sft")
     """folder of the run"""
@@ -80,8 +87,10 @@ def main(args: Args):
 
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(args.policy, stats=data.statistics(*(d for d in (real, sim) if d is not None))).to(device)
+    policy = load_policy(args.policy, stats=data.statistics(*(d for d in (real, sim) if d is not None)),
+                         dtype=torch.bfloat16 if args.bf16 else None, device=device)
     policy.freeze(args.train)
+    policy.gradient_checkpointing = args.gradient_checkpointing
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
 
@@ -90,6 +99,8 @@ def main(args: Args):
         return warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * step / args.steps)) / 2)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    in_memory = all(isinstance(d.frames, np.ndarray) for d in (real, sim) if d is not None)
+    workers = args.workers if args.workers is not None else 0 if in_memory else os.cpu_count() or 1
     batches = data.Mixture(real, sim, args.alpha, args.batch_size, policy.horizon, args.seed)
     held_out = data.Mixture(val, None, 0, 256, policy.horizon, seed=0)[0]
 
@@ -121,12 +132,15 @@ def main(args: Args):
     eval_every = math.ceil(args.steps / args.evaluations)
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, args.steps), num_workers=args.workers))
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, args.steps), num_workers=workers))
     bar, last_print = tqdm(total=args.steps, initial=step, desc="stage I", unit="step"), time.time()
     for batch in loader:
-        loss = policy.sft_loss(batch, reduce=False)
         optimizer.zero_grad()
-        loss.mean().backward()  # alpha is in the batch: its share of simulated samples
+        losses = []
+        for rows in torch.arange(args.batch_size).chunk(args.accumulate):
+            losses.append(policy.sft_loss(index_obs(batch, rows), reduce=False))
+            (losses[-1].sum() / args.batch_size).backward()  # alpha is in the batch: its share of simulated samples
+        loss = torch.cat(losses).detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         if not torch.isfinite(grad_norm):
             raise SystemExit(f"the loss is {loss.mean().item()} at step {step}: lower --lr; {args.out}/last is the last "
