@@ -511,9 +511,7 @@ def _demonstrate_block(task, domain, seeds):
 
     # PhysX keeps traces of earlier episodes over a reset (1e-5 m after a contact). A new scene for every block makes
     # episodes depend on their seeds, and not on which worker was faster; for every episode it would be slow.
-    if env := envs._cached.get((task, domain)):
-        env.reset(options=dict(reconfigure=True))
-    return [envs.demonstrate(task, domain, seed) for seed in seeds]
+    return [envs.demonstrate(task, domain, seed, fresh=seed == seeds[0]) for seed in seeds]
 
 
 def _demonstrate(task, domain, num, first_seed, pool):

@@ -499,8 +499,8 @@ def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
 _cached: dict = {}  # a process that demonstrates keeps its environment: making one takes seconds
 
 
-def demonstrate(task: str, domain: Domain, seed: int) -> dict:
-    """One episode of the scripted expert, rendered at every control step.
+def demonstrate(task: str, domain: Domain, seed: int, fresh=False) -> dict:
+    """One episode of the scripted expert, rendered at every control step; `fresh` builds the scene anew.
 
     -> image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what was seen
     and then done at control step t.
@@ -508,7 +508,7 @@ def demonstrate(task: str, domain: Domain, seed: int) -> dict:
     if (task, domain) not in _cached:
         _cached[task, domain] = make(task, domain)
     env = _cached[task, domain]
-    env.reset(seed=[seed])
+    env.reset(seed=[seed], options=dict(reconfigure=fresh))
     steps = []
     for action in env.expert(np.random.default_rng(seed)):
         obs = env.observe()
@@ -672,15 +672,19 @@ def write_video(path: Path, columns: list, fps: int = CONTROL_HZ):
     os.replace(temporary, path)
 
 
-def validate(policy, worlds: dict, episodes: int, video: Path) -> dict:
-    """Success and length without exploration on the validation seeds in each of `worlds` (VecEnvs by name), and a
-    video of the first episode in all of them, side by side. For curves and the choice of a checkpoint."""
+def validate(policy, worlds: dict, episodes: int, held_out: dict, video: Path) -> dict:
+    """For curves and the choice of a checkpoint: success and length without exploration on the validation seeds in
+    each of `worlds` (VecEnvs by name), the imitation loss on `held_out` (a batch of real demonstrations), and a video
+    of the first episode in all worlds, side by side."""
     act, seeds = lambda obs: policy.act(obs, sample=False).actions.cpu(), range(SEEDS["validation"], SEEDS["evaluation"])
     log, columns = {}, []
     for name, world in worlds.items():
         played = world.evaluate(act, seeds[:episodes], f"  validation, {name}")
         log |= {f"eval/success_{name}": float(played["success"].mean()), f"eval/length_{name}": float(played["length"].mean())}
         columns.append(world.evaluate(act, seeds[:1], video=True)["frames"][0])
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # the same flow times and noise every time
+        log["eval/real_loss"] = policy.sft_loss(held_out).item()
     write_video(video, columns)
     return log
 

@@ -69,7 +69,7 @@ def main(args: Args):
         raise FileNotFoundError(f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, "
                                 f"then `python train_rlco.py` runs/rlco/best")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policies = {name: load_policy(name).to(device).eval() for name in args.policies}
+    policies = {name: load_policy(name, device=device) for name in args.policies}
     names = ["twin"] if args.target == "twin" else ["twin", args.target]
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     args.out.mkdir(parents=True, exist_ok=True)

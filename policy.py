@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,53 +38,48 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, Ll
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig, SiglipVisionEmbeddings
 
 VOCAB = 811  # small_tokenizer's
+LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048}
 PRESETS = {
     # From scratch in minutes on 2 CPU cores. No tanh GELU: it costs four times erf GELU or SiLU there.
     "tiny-pi05": {
-        "type": "pi05",
+        "type": "pi05", "lora": [0, 0], "max_token_len": 200, "num_steps": 4, "noise_std": [0.2, 0.3], "loss_draws": 4,
+        "action_dim": 7, "action_horizon": 4, "chunk": 4, "value_hidden": [128, 128],
         "vision": {"image_size": 64, "patch_size": 8, "hidden_size": 96, "num_hidden_layers": 2,
                    "num_attention_heads": 3, "intermediate_size": 192, "hidden_act": "gelu"},
         "vlm": {"width": 96, "depth": 3, "mlp_dim": 192, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32,
                 "hidden_act": "silu", "vocab_size": VOCAB},
-        "action_expert": {"width": 128, "depth": 3, "mlp_dim": 512, "num_heads": 3, "num_kv_heads": 1,
-                          "head_dim": 32, "hidden_act": "silu"},
-        "action_dim": 7, "action_horizon": 4, "chunk": 4, "max_token_len": 200, "num_steps": 4,
-        "noise_std": [0.2, 0.3], "loss_draws": 4, "value_hidden": [128, 128], "lora": [0, 0],
+        "action_expert": {"width": 128, "depth": 3, "mlp_dim": 512, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32,
+                          "hidden_act": "silu"},
     },
-    # Published pi0.5 sizes (openpi gemma_2b + gemma_300m, SigLIP so400m/14) and RLinf's RL-Co settings.
+    # Published sizes (openpi's gemma_2b and gemma_300m, SigLIP so400m/14) and RLinf's RL-Co settings.
     "pi05": {
-        "type": "pi05",
+        "type": "pi05", "lora": [0, 0], "max_token_len": 200, "num_steps": 4, "noise_std": [0.12, 0.16],
+        "loss_draws": 1, "action_dim": 32, "action_horizon": 8, "chunk": 4, "value_hidden": [512, 256, 128],
         "vision": {"image_size": 224, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27,
                    "num_attention_heads": 16, "intermediate_size": 4304},
         "vlm": {"width": 2048, "depth": 18, "mlp_dim": 16384, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256,
                 "vocab_size": 257152},
         "action_expert": {"width": 1024, "depth": 18, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 1,
                           "head_dim": 256},
-        "action_dim": 32, "action_horizon": 8, "chunk": 4, "max_token_len": 200, "num_steps": 4,
-        "noise_std": [0.12, 0.16], "loss_draws": 1, "value_hidden": [512, 256, 128], "lora": [0, 0],
     },
     "tiny-openvla": {
-        "type": "openvla", "image_size": 64, "patch_size": 8,
+        "type": "openvla", "lora": [0, 0], "predict_stop_token": False, "temperature": 1.0, "value_hidden": [128, 64],
+        "action_dim": 7, "action_horizon": 4, "chunk": 4, "image_size": 64, "patch_size": 8,
+        "real_vocab_size": VOCAB + 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "empty_token_id": 261,
         "dino": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128, "reg_tokens": 4},
         "siglip": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128},
-        "llm": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-                "intermediate_size": 256, "vocab_size": VOCAB + 320, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-                "max_position_embeddings": 2048},
-        "real_vocab_size": VOCAB + 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "empty_token_id": 261,
-        "action_dim": 7, "action_horizon": 4, "chunk": 4, "predict_stop_token": False, "temperature": 1.0,
-        "value_hidden": [128, 64], "lora": [0, 0],
+        "llm": {**LLAMA, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+                "intermediate_size": 256, "vocab_size": VOCAB + 320},
     },
     # Published OpenVLA-7B; LoRA (rank, alpha) and value head as its authors and RL4VLA do.
     "openvla-7b": {
-        "type": "openvla", "image_size": 224, "patch_size": 14,
+        "type": "openvla", "lora": [32, 16], "predict_stop_token": True, "temperature": 1.0, "value_hidden": [512, 128],
+        "action_dim": 7, "action_horizon": 1, "chunk": 1, "image_size": 224, "patch_size": 14,
+        "real_vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000, "empty_token_id": 29871,
         "dino": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096, "reg_tokens": 4},
         "siglip": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden": 4304},
-        "llm": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-                "intermediate_size": 11008, "vocab_size": 32064, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-                "max_position_embeddings": 2048},
-        "real_vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000, "empty_token_id": 29871,
-        "action_dim": 7, "action_horizon": 1, "chunk": 1, "predict_stop_token": True, "temperature": 1.0,
-        "value_hidden": [512, 128], "lora": [32, 16],
+        "llm": {**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+                "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32064},
     },
 }
 
@@ -111,17 +106,15 @@ def index_obs(obs: dict, idx) -> dict:
 
 def cat_obs(batches: list[dict]) -> dict:
     """Concatenate along B; cached token dimensions are right-padded (mask False) when prompts differ in length."""
-    out = {}
-    for key in batches[0]:
-        values = [b[key] for b in batches]
+    def join(key):
+        values, dim = [b[key] for b in batches], TOKEN_DIM.get(key)
         if isinstance(values[0], list):
-            out[key] = sum(values, [])
-            continue
-        if (dim := TOKEN_DIM.get(key)) is not None:
+            return sum(values, [])
+        if dim is not None:
             longest = max(v.shape[dim] for v in values)
             values = [F.pad(v, (0, 0) * (-1 - dim) + (0, longest - v.shape[dim])) for v in values]
-        out[key] = torch.cat(values)
-    return out
+        return torch.cat(values)
+    return {key: join(key) for key in batches[0]}
 
 
 # ---- normalisation ----------------------------------------------------------------------------------------------
@@ -185,25 +178,34 @@ def init_numbers(weight: torch.Tensor, ids: list[int]) -> None:
     weight[ids] = torch.cat([angle.sin(), angle.cos()], 1).to(weight) * 2**0.5 * weight.std()
 
 
-def state_text(state: np.ndarray) -> list[str]:
-    """Normalised state [B,S] -> bin numbers 0..255 (-1 below range, as openpi) joined by spaces."""
+def pi05_prompt(prompt: str, state: np.ndarray) -> str:
+    """openpi's template; the normalised state [S] as bin numbers 0..255, and -1 below the range."""
     bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
-    return [" ".join(map(str, row)) for row in bins]
-
-
-def pi05_prompt(prompt: str, state: str) -> str:
-    """openpi's pi0.5 template."""
-    return f"Task: {prompt.strip().replace('_', ' ').replace(chr(10), ' ')}, State: {state};\nAction: "
+    prompt = prompt.strip().replace("_", " ").replace("\n", " ")
+    return f"Task: {prompt}, State: {' '.join(map(str, bins))};\nAction: "
 
 
 # ---- what both policies share -----------------------------------------------------------------------------------
 
-PALIGEMMA = "paligemma_with_expert.paligemma."
 HEADS = ("value_head.", "noise_head.")  # what RL adds to a published model; float32, kept in a file of their own
+PALIGEMMA = "paligemma_with_expert.paligemma."
+LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
+EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
+OPENPI_STATS = {"observation.state": "state", "action": "actions"}
+OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+LEROBOT_CONFIG = {"chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
+                  "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
+OPENVLA_CONFIG = {
+    "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "n_action_bins": 256,
+    "arch_specifier": "no-align+fused-gelu-mlp", "output_projector_states": False, "llm_max_length": 2048,
+    "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
+                 "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
+    "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
+    "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
+}
 
 
 def box(**children: nn.Module) -> nn.ModuleDict:
-    """A level of a checkpoint's key names."""
     return nn.ModuleDict(children)
 
 
@@ -249,7 +251,7 @@ class Policy(nn.Module):
                                         f"({error}): copy that model's tokenizer.json into the folder") from None
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def freeze(self, train: Literal["expert", "lora", "all"]) -> None:
+    def freeze(self, train: str) -> None:
         """What trains besides the heads: "expert": all but what embeds the observation (pi0.5: SigLIP and the VLM;
         OpenVLA: the vision towers and the projector); "lora": low-rank adapters on every linear layer; "all"."""
         if train not in ("expert", "lora", "all"):
@@ -286,24 +288,77 @@ class Policy(nn.Module):
             return checkpoint(layer, *args, use_reentrant=False, **kwargs)
         return layer(*args, **kwargs)
 
-    def base_tensors(self, merge: bool = False) -> dict[str, torch.Tensor]:
-        """The published model's tensors under their names, heads left out; `merge` folds LoRA into the weights."""
-        adapters = self.lora_layers() if merge else {}
-        out = {}
-        for name, p in self.state_dict().items():
-            if name.startswith(HEADS) or "lora_" in name:
-                continue
-            owner = name.rsplit(".base_layer.", 1)[0]
-            if owner in adapters and name.endswith("weight"):
-                p = (p.float() + adapters[owner].get_delta_weight("default").float()).to(p.dtype)
-            out[name.replace(".base_layer.", ".")] = p
-        return out
-
     def save(self, folder: str | Path, layout: str | None = None) -> None:
-        """Write a checkpoint folder, each file whole or not at all, config.json last: without `layout` all of this
-        policy (LoRA apart), with "openpi", "lerobot" or "openvla" also what that project's code needs to load it
-        (LoRA merged in). The heads are in heads.safetensors either way."""
-        save_checkpoint(self, Path(folder), layout)
+        """Write a checkpoint folder, each file whole or not at all: all of this policy, or with `layout` "openpi",
+        "lerobot" or "openvla" what that project's code loads (LoRA merged in, the files it came with copied). What RL
+        adds is beside in heads.safetensors."""
+        folder, pi05 = Path(folder), isinstance(self, Pi05)
+        if layout not in (None, *(layouts := ("openpi", "lerobot") if pi05 else ("openvla",))):
+            raise ValueError(f"a {self.config['type']} policy is saved as {' or '.join(layouts)}, not as {layout}")
+
+        def put(name: str, content) -> None:
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            tmp = file.with_name(f".{file.name}.tmp")
+            if name.endswith(".safetensors"):
+                save_file({k: v.contiguous() for k, v in content.items()}, tmp, {"format": "pt"})
+            elif isinstance(content, Path):
+                shutil.copyfile(content, tmp)
+            else:
+                tmp.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+            os.replace(tmp, file)
+
+        heads, tensors, adapters = {}, {}, self.lora_layers()
+        for name, p in self.state_dict().items():
+            owner = name.rsplit(".base_layer.", 1)[0]
+            if name.startswith(HEADS) or "lora_" in name:
+                heads |= {} if layout and "lora_" in name else {name: p}
+            elif layout and owner in adapters and name.endswith("weight"):
+                delta = adapters[owner].get_delta_weight("default").float()
+                tensors[f"{owner}.weight"] = (p.float() + delta).to(p.dtype)
+            else:
+                tensors[name.replace(".base_layer.", ".")] = p
+        if pi05 and tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr():
+            if layout == "lerobot":
+                tensors[LM_HEAD] = tensors[EMBED].clone()
+            else:
+                del tensors[EMBED]  # openpi's loader wants a tied tensor once, under this name
+        if layout == "lerobot":
+            tensors = {f"model.{k}": v for k, v in tensors.items()}
+
+        config, stats, away = self.config, self.stats or {}, folder.resolve()
+        for file in list(self.source.rglob("*")) if layout and self.source else []:
+            if file.suffix in (".json", ".py", ".model", ".txt") and away not in file.resolve().parents and (
+                    not file.name.endswith((".index.json", "config.json", "rlco.json"))):
+                put(str(file.relative_to(self.source)), file)
+        plan = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB" if layout == "openvla" else "1TB",
+                                                  filename_pattern="model{suffix}.safetensors")
+        for name, keys in plan.filename_to_tensors.items():
+            put(name, {k: tensors[k] for k in keys})
+        put("heads.safetensors", heads)
+        for file in [*folder.glob("model*.safetensors*"), folder / "rlco.json"]:
+            if file.name not in plan.filename_to_tensors:
+                file.unlink(missing_ok=True)  # of another layout or number of shards
+        if plan.is_sharded:
+            put("model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        if self.tokenizer is not None:
+            put("tokenizer.json", self.tokenizer.to_str())
+        put("stats.json", stats)
+        if layout == "lerobot":
+            put("rlco.json", config)
+            config = lerobot_config(self, put)
+        elif pi05:
+            theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
+                      for o, t in OPENPI_STATS.items() if o in stats}
+            for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
+                put(str(file.relative_to(folder)), {"norm_stats": theirs})
+            config = {**OPENPI_CONFIG, **config}
+        else:
+            ours = {config.get("unnorm_key") or "rlco": {"action": stats["action"]}} if "action" in stats else {}
+            config = {**OPENVLA_CONFIG, **config, "norm_stats": {**(config.get("norm_stats") or {}), **ours},
+                      "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
+                      "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
+        put("config.json", config)
 
 
 # ---- pi0.5 ------------------------------------------------------------------------------------------------------
@@ -336,11 +391,7 @@ class AdaRMSNorm(nn.Module):
 
 
 def modulate(norm, x, cond):
-    return (norm(x), None) if cond is None else norm(x, cond)
-
-
-def residual(x, y, gate):
-    return x + y if gate is None else (x + gate * y).type_as(x)
+    return (norm(x), 1) if cond is None else norm(x, cond)
 
 
 def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -379,9 +430,9 @@ def gemma_layer(layer, x, rope, past=None, mask=None, cond=None, kv_only=False):
         return None, (k, v)
     q = rotate(attn.q_proj(h).view(B, -1, attn.config.num_attention_heads, d), rope)
     keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
-    x = residual(x, attn.o_proj(attend(q, keys, values, mask)).view_as(x), gate)
+    x = (x + gate * attn.o_proj(attend(q, keys, values, mask)).view_as(x)).type_as(x)
     h, gate = modulate(layer.post_attention_layernorm, x, cond)
-    return residual(x, layer.mlp(h), gate), (k, v)
+    return (x + gate * layer.mlp(h)).type_as(x), (k, v)
 
 
 def gemma(cfg: dict, ada: bool) -> nn.ModuleDict:
@@ -402,8 +453,8 @@ class Pi05(Policy):
     a value head on the mean VLM prefix feature."""
 
     FROZEN = (PALIGEMMA,)
-    FLOAT32 = (*HEADS, "action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm", "model.norm",
-               "language_model.norm")
+    FLOAT32 = (*HEADS, "action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm",
+               "model.norm")
     TOKENIZER = "google/paligemma-3b-pt-224"
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
@@ -539,7 +590,7 @@ class Pi05(Policy):
     def tokens(self, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt token ids and validity [B,T], padded to the longest of the batch."""
         state = normalize(obs["state"].float().cpu(), self.stat("observation.state")).numpy()
-        texts = [pi05_prompt(p, s) for p, s in zip(obs["prompt"], state_text(state))]
+        texts = [pi05_prompt(p, s) for p, s in zip(obs["prompt"], state)]
         rows = [[BOS, *ids][: self.config["max_token_len"]] for ids in self.encode_text(texts)]
         longest = max(map(len, rows))
         ids = torch.tensor([r + [PAD] * (longest - len(r)) for r in rows], device=self.device)
@@ -592,9 +643,6 @@ class Pi05(Policy):
         s = t[..., None, None]
         return (noise - action - self.velocity(s * noise + (1 - s) * action, t, prefix)[0]).square()
 
-    def times(self, steps: int) -> torch.Tensor:
-        return 1 - torch.arange(steps, device=self.device) / steps
-
     def flow_std(self, feature: torch.Tensor) -> torch.Tensor:
         """The learned exploration std, log-squashed between the bounds of noise_std, in normalised action units."""
         low, high = (math.log(s) for s in self.noise_std)
@@ -609,7 +657,7 @@ class Pi05(Policy):
         included) and the executed chunk's dimensions, divided by K+1; entropy [B], the mean over all of these (piRL;
         RLinf's joint_logprob)."""
         K = chain.shape[1] - 1
-        v, feature = self.velocity(chain[:, :-1], self.times(K)[None], prefix)
+        v, feature = self.velocity(chain[:, :-1], 1 - torch.arange(K, device=chain.device)[None] / K, prefix)
         mean, std = self.sampled(chain[:, :-1] - v / K), self.sampled(self.flow_std(feature))
         start, nxt = self.sampled(chain[:, 0]), self.sampled(chain[:, 1:])
         logprob = (-((nxt - mean) / std).square() / 2 - std.log()).sum((1, 2, 3)) - start.square().sum((1, 2)) / 2
@@ -620,9 +668,9 @@ class Pi05(Policy):
 
     def denoise(self, x: torch.Tensor, prefix: Prefix, steps: int, sample: bool = False) -> torch.Tensor:
         """Euler integration from x [B,H,D] at t = 1 to t = 0 -> the chain [B,steps+1,H,D]; `sample` adds Flow-Noise."""
-        chain, t = [x], self.times(steps)
+        chain, t = [x], 1 - torch.arange(steps, device=x.device)[None] / steps
         for k in range(steps):
-            v, feature = self.velocity(x[:, None], t[None, k : k + 1], prefix)
+            v, feature = self.velocity(x[:, None], t[:, k : k + 1], prefix)
             x = x - v[:, 0] / steps
             if sample:
                 std = self.sampled(self.flow_std(feature[:, 0]))
@@ -768,12 +816,8 @@ class OpenVLA(Policy):
         the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm)."""
         x = self.language_model.model.embed_tokens(ids)
         x = torch.cat([x[:, :1], patches.to(x.dtype), x[:, 1:]], 1)
-        position = None
-        if mask.all():
-            mask = None
-        else:
-            mask = torch.cat([mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]], 1).long()
-            position = mask.cumsum(1) - 1
+        mask = torch.cat([mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]], 1)
+        mask, position = (None, None) if mask.all() else (mask.long(), mask.cumsum(1) - 1)
         model = self.language_model.model
         for layer in model.layers:  # not while decoding: it would drop the cache
             layer.gradient_checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -877,7 +921,8 @@ class OpenVLA(Policy):
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:
         """Value [B] of observations that nothing is done in: to bootstrap from the end of a rollout."""
-        return self.value_head(self.hidden(self.patches(obs), *self.prompt(obs))[0].last_hidden_state[:, -1].float())[:, 0]
+        out, _ = self.hidden(self.patches(obs), *self.prompt(obs))
+        return self.value_head(out.last_hidden_state[:, -1].float())[:, 0]
 
     def evaluate(self, obs: dict, latent: torch.Tensor):
         """Action tokens [B,C*7] -> logprob [B] (their sum), entropy [B] (the mean over tokens), value [B], in one
@@ -891,22 +936,6 @@ class OpenVLA(Policy):
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
-LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
-EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
-OPENPI_STATS = {"observation.state": "state", "action": "actions"}
-OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
-LEROBOT_CONFIG = {"chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
-                  "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
-OPENVLA_CONFIG = {
-    "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "arch_specifier": "no-align+fused-gelu-mlp",
-    "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
-                 "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
-    "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
-    "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive", "llm_max_length": 2048,
-    "n_action_bins": 256, "output_projector_states": False,
-}
-
-
 def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
                 **overrides) -> Policy:
     """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
@@ -917,7 +946,15 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
     if preset := str(name) in PRESETS:
         folder, tensors, config, tokenizer = None, {}, PRESETS[str(name)], small_tokenizer()
     else:
-        folder = find_folder(str(name))
+        folder = Path(name)
+        if not folder.is_dir():
+            try:
+                if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+                    raise FileNotFoundError("it is not a Hub name either")
+                files = ["*.safetensors*", "*.json", "*.py", "*.model"]
+                folder = Path(snapshot_download(str(name), allow_patterns=files))
+            except Exception as error:
+                raise FileNotFoundError(f"{name} is no preset ({', '.join(PRESETS)}) and no folder; {error}") from None
         tensors = read_tensors(folder)
         config, file = read_config(folder, tensors), folder / "tokenizer.json"
         tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
@@ -970,17 +1007,6 @@ def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) 
             m.to_empty(device=device).reset_parameters()
     if isinstance(policy, OpenVLA):  # its rotary frequencies are in no checkpoint
         policy.language_model.model.rotary_emb = LlamaRotaryEmbedding(policy.llama).to(device)
-
-
-def find_folder(name: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir():
-        try:
-            return Path(snapshot_download(name, allow_patterns=["*.safetensors*", "*.json", "*.py", "*.model"]))
-        except Exception as error:
-            raise FileNotFoundError(f"{name}: no such folder, nor to be had from the Hub ({error})") from None
-    raise FileNotFoundError(f"{name}: neither a preset ({', '.join(PRESETS)}) nor a folder nor a Hub name")
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -1051,69 +1077,10 @@ def read_stats(folder: Path, config: dict) -> dict | None:
     return stats or ({"action": sets[key]["action"]} if key else None)
 
 
-def save_checkpoint(policy: Policy, folder: Path, layout: str | None) -> None:
-    pi05 = isinstance(policy, Pi05)
-    if layout not in (None, *(layouts := ("openpi", "lerobot") if pi05 else ("openvla",))):
-        raise ValueError(f"a {policy.config['type']} policy is saved as {' or '.join(layouts)}, not as {layout}")
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def put(name: str, content) -> None:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        tmp = (folder / name).with_name(f".{Path(name).name}.tmp")
-        if isinstance(content, Path):
-            shutil.copyfile(content, tmp)
-        elif name.endswith(".safetensors"):
-            save_file({k: v.contiguous() for k, v in content.items()}, tmp, {"format": "pt"})
-        else:
-            tmp.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
-        os.replace(tmp, folder / name)
-
-    tensors = policy.base_tensors(merge=layout is not None)
-    if pi05 and tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr():
-        if layout == "lerobot":
-            tensors[LM_HEAD] = tensors[EMBED].clone()
-        else:
-            del tensors[EMBED]  # openpi's loader wants a tied tensor once, under this name
-    if layout == "lerobot":
-        tensors = {f"model.{k}": v for k, v in tensors.items()}
-    if layout and policy.source and policy.source.resolve() != folder.resolve():
-        for file in policy.source.rglob("*"):  # what their loaders need besides: code, tokenizer, image processor
-            if file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith((".index.json", "config.json")):
-                put(str(file.relative_to(policy.source)), file)
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB" if layout == "openvla" else "1TB",
-                                              filename_pattern="model{suffix}.safetensors")
-    for file in set(folder.glob("model*.safetensors*")) - {folder / n for n in plan.filename_to_tensors}:
-        file.unlink()
-    for name, keys in plan.filename_to_tensors.items():
-        put(name, {k: tensors[k] for k in keys})
-    put("heads.safetensors", {k: v for k, v in policy.state_dict().items()
-                              if k.startswith(HEADS) or ("lora_" in k and not layout)})
-    if plan.is_sharded:
-        put("model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-    if policy.tokenizer is not None:
-        put("tokenizer.json", policy.tokenizer.to_str())
-    config, stats = policy.config, policy.stats or {}
-    put("stats.json", stats)
-    if layout == "lerobot":
-        put("rlco.json", config)
-        config = lerobot_config(policy, put)
-    elif pi05:
-        theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
-                  for o, t in OPENPI_STATS.items() if o in stats}
-        for file in [*folder.glob("**/norm_stats.json")] or [folder / "assets/rlco/norm_stats.json"]:
-            put(str(file.relative_to(folder)), {"norm_stats": theirs})
-        config = {**OPENPI_CONFIG, **config}
-    else:
-        ours = {config.get("unnorm_key") or "rlco": {"action": stats["action"]}} if "action" in stats else {}
-        config = {**OPENVLA_CONFIG, **config, "norm_stats": {**(config.get("norm_stats") or {}), **ours},
-                  "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
-                  "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
-    put("config.json", config)
-
-
 def lerobot_config(policy: Pi05, put) -> dict:
     """Write lerobot's two processor pipelines, which hold the statistics; returns its config.json."""
-    stats, size = {k: v for k, v in (policy.stats or {}).items() if k in OPENPI_STATS}, policy.config["vision"]["image_size"]
+    stats = {k: v for k, v in (policy.stats or {}).items() if k in OPENPI_STATS}
+    size = policy.config["vision"]["image_size"]
     flat = {f"{f}.{k}": torch.tensor(v, dtype=torch.float32) for f, s in stats.items() for k, v in s.items()}
     inputs = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, size, size]}}
     if stats:
@@ -1126,7 +1093,8 @@ def lerobot_config(policy: Pi05, put) -> dict:
     for name, steps in {
         "policy_preprocessor": [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {}),
                                 ("normalizer_processor", {"features": {**inputs, **outputs}, "norm_map": modes}),
-                                ("pi05_prepare_state_tokenizer_processor_step", {}), ("tokenizer_processor", text), device],
+                                ("pi05_prepare_state_tokenizer_processor_step", {}),
+                                ("tokenizer_processor", text), device],
         "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": modes}), device]}.items():
         entries = [{"registry_name": n, "config": c} for n, c in steps]
         for i, entry in enumerate(entries):
@@ -1140,19 +1108,6 @@ def lerobot_config(policy: Pi05, put) -> dict:
 
 
 # ---- python policy.py bench -------------------------------------------------------------------------------------
-
-@dataclass
-class Bench:
-    """Throughput of pi0.5's PPO update (evaluate and backward), and the same weights computed as the public PyTorch
-    code does it: three cameras of which two are masked, a 200-token padded prompt, a loop over the denoising steps,
-    eager attention."""
-    depth: int = 2
-    """layers kept of each of the three transformers, at full width; 0 keeps all"""
-    batch: int = 2
-    repeats: int = 3
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16: bool = torch.cuda.is_available()
-
 
 def as_published(policy: Pi05) -> None:
     """Make a policy compute what it can avoid, with unchanged results."""
@@ -1181,30 +1136,40 @@ def as_published(policy: Pi05) -> None:
     globals()["attend"] = eager
 
 
-def bench(args: Bench) -> None:
+def bench(depth: int = 2, batch: int = 2, repeats: int = 3, device: str = "cpu", bf16: bool = False) -> None:
+    """Throughput of pi0.5's PPO update (evaluate and backward), and of the same weights computed as the public PyTorch
+    code does it: three cameras of which two are masked, a 200-token padded prompt, a loop over the denoising steps,
+    eager attention.
+
+    Args:
+        depth: layers kept of each of the three transformers, at full width; 0 keeps all
+        batch: observations in an update
+        repeats: timed updates
+        device: cpu or cuda
+        bf16: weights in bfloat16
+    """
     sizes = {k: dict(PRESETS["pi05"][k]) for k in ("vision", "vlm", "action_expert")}
     for cfg, key in zip(sizes.values(), ("num_hidden_layers", "depth", "depth")):
-        cfg[key] = args.depth or cfg[key]
+        cfg[key] = depth or cfg[key]
     one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
-    policy = load_policy("pi05", {"observation.state": one, "action": one}, torch.bfloat16 if args.bf16 else None,
-                         args.device, **sizes)
-    size, rates = sizes["vision"]["image_size"], {}
-    obs = {"image": torch.randint(0, 256, (args.batch, size, size, 3), dtype=torch.uint8),
-           "state": torch.rand(args.batch, 7) * 2 - 1, "prompt": ["push the cube to the target"] * args.batch}
-    chain = policy.act(obs, sample=True).latent
+    policy = load_policy("pi05", {"observation.state": one, "action": one}, torch.bfloat16 if bf16 else None, device,
+                         **sizes)
+    obs = {"image": torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8),
+           "state": torch.rand(batch, 7) * 2 - 1, "prompt": ["push the cube to the target"] * batch}
+    chain, rates = policy.act(obs, sample=True).latent, {}
     for way in ("here", "as published"):
         if way == "as published":
             as_published(policy)
         for train in ("all", "expert"):
             policy.freeze(train)
-            for i in range(args.repeats + 1):  # the first warms up
+            for i in range(repeats + 1):  # the first warms up
                 start = time.perf_counter() if i < 2 else start
                 logprob, _, value = policy.evaluate(obs, chain)
                 (logprob + value).mean().backward()
                 policy.zero_grad()
-                if args.device != "cpu":
+                if device != "cpu":
                     torch.cuda.synchronize()
-            rates[way, train] = args.repeats * args.batch / (time.perf_counter() - start)
+            rates[way, train] = repeats * batch / (time.perf_counter() - start)
             print(f"{way:13} {train:7} {rates[way, train]:8.3f} samples/s   logprob {logprob.mean().item():.4f}")
     for train in ("all", "expert"):
         print(f"update of {train}: {rates['here', train] / rates['as published', train]:.1f} times the published way's")
@@ -1216,4 +1181,4 @@ if __name__ == "__main__":
     import tyro
     if sys.argv[1:2] != ["bench"]:
         raise SystemExit("usage: python policy.py bench [--help]")
-    bench(tyro.cli(Bench, args=sys.argv[2:]))
+    tyro.cli(bench, args=sys.argv[2:])

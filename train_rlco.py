@@ -181,14 +181,9 @@ def main(args: Args):
           f" of the critic train on {device}; {args.num_envs} x {decisions} decisions an iteration; beta {args.beta}")
 
     def validate(iteration):
-        """Success without exploration in both domains, imitation loss on held-out real data, the best checkpoint."""
         nonlocal best
-        policy.eval()
-        log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes,
+        log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes, held_out,
                             args.out / f"videos/iteration_{iteration}.mp4")
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            log["eval/real_loss"] = policy.sft_loss(held_out).item()
         if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
             best = log["eval/success_twin"]
             policy.save(args.out / "best")
@@ -205,7 +200,6 @@ def main(args: Args):
             began = time.time()
 
         # rollout in the twin; every iteration has its own episodes, so that a resumed run is the same run
-        policy.eval()
         obs = twin.reset(envs.SEEDS["rl"] + iteration * 10_000)
         steps = []
         for _ in range(decisions):
@@ -236,7 +230,6 @@ def main(args: Args):
         log["time/rollout_steps_per_second"] = decisions * policy.chunk * args.num_envs / (time.time() - began)
 
         # update
-        policy.train()
         rollout = dict(obs=cat_obs([s["obs"] for s in steps]), latent=torch.cat([s["latent"] for s in steps]),
                        logprob=column["logprob"].flatten(), value=column["value"].flatten(),
                        returns=returns.flatten(), advantage=((advantage - advantage.mean()) / (advantage.std() + 1e-8)

@@ -161,13 +161,8 @@ def main(args: Args):
             bar.set_postfix(loss=f"{loss.mean().item():.3f}")
 
         if step % eval_every == 0 or step == args.steps:
-            policy.eval()
-            log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes,
+            log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes, held_out,
                                 args.out / f"videos/step_{step}.mp4")
-            with torch.no_grad(), torch.random.fork_rng():
-                torch.manual_seed(0)
-                log["eval/real_loss"] = policy.sft_loss(held_out).item()
-            policy.train()
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
             tqdm.write(f"step {step}: success twin {log['eval/success_twin']:.0%}, stand-in "

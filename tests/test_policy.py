@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file
 
 import policy as P
 
@@ -87,7 +87,8 @@ def test_pi05_prefix(pi05, pi05_prefix):
 
 def test_pi05_loss_and_gradients(pi05):
     policy, io = pi05
-    prefix = policy.prefix(*policy.embed_prefix(io["images"], io["image_masks"], io["tokens"], io["token_masks"]), False)
+    inputs = (io[k] for k in ("images", "image_masks", "tokens", "token_masks"))
+    prefix = policy.prefix(*policy.embed_prefix(*inputs), feature=False)
     loss = policy.flow_loss(io["actions"][:, None], io["noise"][:, None], io["time"][:, None], prefix)[:, 0]
     close(loss, io["loss"])
     policy.zero_grad()
@@ -124,7 +125,7 @@ def test_pi05_absent_cameras_cost_nothing(pi05):
 def test_pi05_prompt():
     for case in json.loads((DATA / "pi05/golden_prompts.json").read_text())["cases"]:
         if case["state"]:
-            state = P.state_text(np.array([case["state"]], np.float32))[0]
+            state = np.array(case["state"], np.float32)
             assert P.pi05_prompt(case["prompt"], state) == case["encoded_calls"][0]["text"]
 
 
@@ -133,7 +134,8 @@ def test_pi05_normalisation_and_resize():
     stats = {"q01": pre["norm_q01"].tolist(), "q99": pre["norm_q99"].tolist()}
     # the last dimension has no range; openpi divides by 1e-6 there, here it is 0
     torch.testing.assert_close(P.normalize(pre["norm_x"], stats)[:, :3], pre["norm_y"][:, :3])
-    torch.testing.assert_close(P.unnormalize(pre["unnorm_in"][:, :4], stats), pre["unnorm_out"][:, :4], rtol=0, atol=2e-6)
+    torch.testing.assert_close(P.unnormalize(pre["unnorm_in"][:, :4], stats), pre["unnorm_out"][:, :4],
+                               rtol=0, atol=2e-6)
     flat = {"q01": [0.3, -1.0], "q99": [0.3, 1.0]}
     assert P.normalize(torch.tensor([[9.0, 1.0]]), flat)[0, 0] == 0
     assert P.unnormalize(torch.zeros(1, 2), flat)[0, 0] == pytest.approx(0.3)
@@ -235,7 +237,7 @@ def test_openvla_greedy_decoding(openvla):
     policy, io = openvla
     decision = policy.act({"patches": io["projected_patch_embeddings"]}, sample=False)
     assert torch.equal(decision.latent, io["rl_greedy_tokens"])
-    torch.testing.assert_close(decision.actions[:, 0, :6].double(), io["rl_greedy_actions"][:, :6], rtol=1e-4, atol=1e-7)
+    close(decision.actions[:, 0, :6].double(), io["rl_greedy_actions"][:, :6])
     # their gripper is 0 closed .. 1 open, and RL4VLA opens above 0.5
     assert torch.equal(decision.actions[:, 0, 6], (io["rl_greedy_actions"][:, 6] > 0.5).float() * 2 - 1)
 
@@ -365,7 +367,7 @@ def test_small_tokenizer():
     assert all(len(i) == 1 for i in numbers) and len({i[0] for i in numbers}) == 257
     for text in ("Task: schließe die Schublade ☃\n", "weird_<bos>  123456 7", ""):
         assert tokenizer.decode(ids(text), skip_special_tokens=False) == text
-    lengths = {len(ids(P.pi05_prompt(PROMPT, " ".join(map(str, row))))) for row in np.random.randint(-1, 256, (50, 7))}
+    lengths = {len(ids(P.pi05_prompt(PROMPT, row))) for row in np.random.uniform(-1.1, 1, (50, 7))}
     assert len(lengths) == 1
 
 
@@ -414,7 +416,8 @@ def test_full_size_keys(name, preset):
 @pytest.mark.parametrize("untied", [False, True])
 def test_pi05_layouts_round_trip(tmp_path, prefix, untied):
     """openpi's file has the tied tensor once, lerobot's has both and a prefix, and may have trained one of them."""
-    tensors = {k: v.bfloat16() if "mlp" in k else v for k, v in load_file(DATA / "pi05/golden_weights.safetensors").items()}
+    tensors = load_file(DATA / "pi05/golden_weights.safetensors")
+    tensors = {k: v.bfloat16() if "mlp" in k else v for k, v in tensors.items()}
     if untied:
         tensors[P.EMBED] = tensors[P.EMBED] + 1
     elif not prefix:
@@ -426,6 +429,9 @@ def test_pi05_layouts_round_trip(tmp_path, prefix, untied):
     policy.save(tmp_path / "out", layout="lerobot" if prefix else "openpi")
     assert same(load_file(tmp_path / "out/model.safetensors"), tensors)
     assert same(policy.state_dict(), P.load_policy(tmp_path / "out").state_dict())
+    if not prefix and not untied:  # as openpi's trainer and policy server load it
+        del policy.value_head, policy.noise_head
+        load_model(policy, tmp_path / "out/model.safetensors", strict=True)
 
 
 def test_lerobot_folder(tmp_path):
@@ -448,8 +454,9 @@ def test_lerobot_folder(tmp_path):
 def test_published_configs(tmp_path):
     """The three published config.json forms of pi0.5, and RLinf's names of its heads and statistics."""
     meta = {k: torch.empty(v, device="meta") for k, v in full_size_keys("pi05").items()}
-    for raw, expected in (({"type": "pi05", "chunk_size": 50, "n_action_steps": 50, "num_inference_steps": 10}, (50, 50, 10)),
-                          ({"action_dim": 32, "action_horizon": 15, "paligemma_variant": "gemma_2b"}, (15, 4, 4))):
+    lerobot = {"type": "pi05", "chunk_size": 50, "n_action_steps": 50, "num_inference_steps": 10}
+    openpi = {"action_dim": 32, "action_horizon": 15, "paligemma_variant": "gemma_2b"}
+    for raw, expected in ((lerobot, (50, 50, 10)), (openpi, (15, 4, 4))):
         (tmp_path / "config.json").write_text(json.dumps(raw))
         config = P.read_config(tmp_path, meta)
         assert (config["action_horizon"], config["chunk"], config["num_steps"]) == expected
@@ -534,7 +541,7 @@ def test_dtype_on_load(tmp_path):
 
 
 def test_clear_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither a preset .*tiny-pi05.* nor a folder"):
+    with pytest.raises(FileNotFoundError, match="no preset .*tiny-pi05.* and no folder"):
         P.load_policy(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="no \\*.safetensors"):
         P.load_policy(tmp_path)
