@@ -648,9 +648,16 @@ class Pi05(Policy):
         low, high = (math.log(s) for s in self.noise_std)
         return (low + (high - low) * (self.noise_head(feature).tanh() + 1) / 2).exp()
 
+    @property
+    def live(self) -> list[int]:
+        """Action dimensions that the data moves. Exploring the others would change nothing but the gradient's noise."""
+        stats = self.stat("action")
+        return [i for i, (low, high) in enumerate(zip(stats["q01"], stats["q99"])) if high > low]
+
     def sampled(self, x: torch.Tensor) -> torch.Tensor:
-        """The part of [...,H,D] that is executed; only it is explored, so the log-probability below is exact."""
-        return x[..., : self.chunk, : len(self.stat("action")["q01"])]
+        """The part of [...,H,D] that is executed and moves something; only it is explored, so the log-probability
+        below is exact."""
+        return x[..., : self.chunk, :][..., self.live]
 
     def chain_logprob(self, chain: torch.Tensor, prefix: Prefix):
         """A denoising chain [B,K+1,H,D] -> log-probability [B], joint over its K+1 Gaussians (the initial noise
@@ -674,7 +681,7 @@ class Pi05(Policy):
             x = x - v[:, 0] / steps
             if sample:
                 std = self.sampled(self.flow_std(feature[:, 0]))
-                self.sampled(x).add_(std * torch.randn_like(std))
+                x[:, : self.chunk][..., self.live] += std * torch.randn_like(std)
             chain.append(x)
         return torch.stack(chain, 1)
 
@@ -687,7 +694,8 @@ class Pi05(Policy):
         chain = self.denoise(noise, prefix, self.num_steps, sample)
         value = self.value_head(prefix.feature).squeeze(-1)
         logprob = self.chain_logprob(chain, prefix)[0] if sample else torch.zeros_like(value)
-        return Decision(unnormalize(self.sampled(chain[:, -1]), self.stat("action")), chain, logprob, value)
+        return Decision(unnormalize(chain[:, -1, : self.chunk, : len(self.stat("action")["q01"])], self.stat("action")), chain,
+                        logprob, value)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:
