@@ -44,20 +44,22 @@ class Args:
     """weight of the supervised loss on real demonstrations; 0 is plain RL"""
     train: Literal["expert", "lora", "all"] = "expert"
     """which weights train: all but those that embed the observation (whose work is then done once), LoRA, or all"""
-    iterations: int = 16
+    iterations: int = 20
     """rollouts, each followed by an update"""
-    num_envs: int = 64
+    num_envs: int = 128
     """environments, spread over the cores; each plays one episode, or more, an iteration"""
     update_epochs: int = 2
-    minibatch_size: int = 128
-    """decisions (chunks) in a gradient step; the anchor adds as many real samples"""
+    minibatch_size: int = 256
+    """decisions (chunks) in a gradient step"""
+    anchor_size: int = 64
+    """real samples in a gradient step"""
     accumulate: int = 1
     """backward passes in a gradient step: more of them need less memory"""
     bf16: bool = False
     """weights in bfloat16 (heads, LoRA and norms stay in float32), to fit a large policy on a GPU"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
-    lr: float = 1e-4
+    lr: float = 1.5e-4
     value_lr: float = 1e-3
     gamma: float = 0.99
     """discount of a decision (chunk)"""
@@ -73,7 +75,7 @@ class Args:
     """an iteration's update stops when the approximate KL divergence exceeds it"""
     critic_warmup: int = 1
     """first iterations that train only the critic"""
-    eval_every: int = 4
+    eval_every: int = 5
     """iterations between evaluations in the twin and the stand-in"""
     eval_episodes: int = 64
     """episodes of each evaluation, on validation seeds"""
@@ -147,7 +149,7 @@ def main(args: Args):
     actor = [p for p in policy.parameters() if p.requires_grad and all(p is not c for c in critic)]
     optimizer = torch.optim.AdamW([dict(params=actor, lr=args.lr), dict(params=critic, lr=args.value_lr)],
                                   betas=(0.9, 0.95), weight_decay=0)
-    real_batches = data.Mixture(real, None, 0, args.minibatch_size // args.accumulate, policy.horizon, args.seed)
+    real_batches = data.Mixture(real, None, 0, args.anchor_size // args.accumulate, policy.horizon, args.seed)
     held_out = data.Mixture(held_out, None, 0, 256, policy.horizon, seed=0)[0]
 
     # resume a killed run, leave a finished one alone
