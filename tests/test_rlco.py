@@ -39,7 +39,7 @@ def test_gae_against_the_definition():
     torch.testing.assert_close(returns, advantage + value)
 
 
-@pytest.fixture(params=["tiny-pi05"])
+@pytest.fixture(params=["tiny-pi05", "tiny-openvla"])
 def policy(request):
     torch.manual_seed(0)
     policy = load_policy(request.param, stats=STATS)
