@@ -47,7 +47,7 @@ class Args:
     """share of simulated samples in every batch: 0 is real-only, 1 is sim-only"""
     train: Literal["expert", "lora", "all"] = "all"
     """which weights train: all but those that embed the observation, LoRA, or all"""
-    steps: int = 500
+    steps: int = 1000
     """gradient steps"""
     batch_size: int = 128
     """samples in a gradient step"""
