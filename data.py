@@ -476,6 +476,9 @@ class Mixture(torch.utils.data.Dataset):
             raise ValueError(f"alpha = {alpha} needs {'simulated' if sim is None else 'real'} demonstrations as well")
         if real is not None and sim is not None and real.image_shape != sim.image_shape:
             raise ValueError(f"{real.path} has images {real.image_shape}, but {sim.path} {sim.image_shape}")
+        if real is not None and sim is not None and real.fps != sim.fps:
+            raise ValueError(f"{real.path} is recorded at {real.fps} Hz, but {sim.path} at {sim.fps} Hz: their actions "
+                             f"mean different motions")
         self.real, self.sim, self.batch_size, self.horizon, self.seed = real, sim, batch_size, horizon, seed
         self.sim_per_batch = Fraction(str(alpha)) * batch_size  # exact: in floats, 0.29 * 100 < 29
 
@@ -569,7 +572,7 @@ class Args:
 
     task: str = "push_cube"
     """Which task of envs.py."""
-    num_twin: int = 500
+    num_twin: int = 300
     """Demonstrations in the twin. Simulated frames are cheap, and visual features need many."""
     num_standin: int = 50
     """Demonstrations in the stand-in: the "real" ones."""

@@ -37,8 +37,9 @@ from tqdm import tqdm
 
 CONTROL_HZ = 10
 # Every use of the environments has its own seeds, a million apart: nothing is ever evaluated on what it was trained on.
-SEEDS = dict(rl=0, twin_demos=1_000_000, standin_demos=2_000_000, standin_val=3_000_000, validation=4_000_000,
-             evaluation=5_000_000)
+# RL is the last: it takes ten thousand an iteration, ten million a training seed.
+SEEDS = dict(twin_demos=1_000_000, standin_demos=2_000_000, standin_val=3_000_000, validation=4_000_000,
+             evaluation=5_000_000, rl=10_000_000)
 
 
 @dataclass(frozen=True)
@@ -297,12 +298,11 @@ class TabletopEnv(BaseEnv):
         return builder.build(name) if mass else builder.build_kinematic(name)
 
     def _load_scene(self, options):
-        colors, planks = self.domain.table_colors, 12
+        colors, planks = self.domain.table_colors, 12 if len(self.domain.table_colors) > 1 else 1
         self.box("table", (0.6, 0.7, 0.05), colors[0], pose=sapien.Pose([0.4, 0, -0.0505]))
-        for i in range(planks if len(colors) > 1 else 1):
-            n = planks if len(colors) > 1 else 1
-            self.box(f"plank{i}", (0.6, 0.7 / n, 0.0005), colors[i % len(colors)], collide=False,
-                     pose=sapien.Pose([0.4, -0.7 + 1.4 * (i + 0.5) / n, -0.0005]))
+        for i in range(planks):
+            self.box(f"plank{i}", (0.6, 0.7 / planks, 0.0005), colors[i % len(colors)], collide=False,
+                     pose=sapien.Pose([0.4, -0.7 + 1.4 * (i + 0.5) / planks, -0.0005]))
         for name, size, center in (("wall", (0.01, 4, 2), (-0.8, 0, 1)), ("floor", (4, 4, 0.01), (0, 0, -0.8))):
             self.box(name, size, self.domain.background, collide=False, pose=sapien.Pose(center))
         self._load_objects()
@@ -345,7 +345,7 @@ class TabletopEnv(BaseEnv):
         return dict(state=self.proprioception())
 
     def compute_dense_reward(self, obs, action, info):
-        """Success plus the change of the task's potential: shaping that leaves the best policy as it is (Ng 1999)."""
+        """Success plus the change of the task's potential, undiscounted (potential-based shaping, Ng 1999)."""
         before, self._potential = self._potential, self.potential()
         return info["success"].float() + self._potential - before
 
@@ -367,9 +367,11 @@ class TabletopEnv(BaseEnv):
         opening = self.agent.robot.get_qpos()[:, 7:8] / GRIPPER_OPEN * 2 - 1
         return torch.cat([matrix[:, :3, 3], turn, opening.clip(-1, 1)], -1)
 
-    def observe(self):
-        """Observation of the policy contract: image uint8 [B,H,W,3], state float32 [B,7], prompt B strings."""
-        return dict(image=self._get_obs_sensor_data()["base_0_rgb"]["rgb"], state=self.proprioception(),
+    def observe(self, obs: dict | None = None):
+        """Observation of the policy contract: image uint8 [B,H,W,3], state float32 [B,7], prompt B strings; from
+        ManiSkill's own `obs` of a reset, which has its picture already, or anew."""
+        sensors = obs["sensor_data"] if obs else self._get_obs_sensor_data()
+        return dict(image=sensors["base_0_rgb"]["rgb"], state=self.proprioception(),
                     prompt=[self.instruction] * self.num_envs)
 
     def step_chunk(self, actions, frames: list | None = None):
@@ -482,10 +484,14 @@ class PushCube(TabletopEnv):
 TASKS = {"push_cube": PushCube}
 
 
-def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
-    """One environment, or one clear line where nothing can render."""
+def check_task(task: str):
     if task not in TASKS:
         raise SystemExit(f"no task '{task}': choose one of {', '.join(TASKS)} (envs.TASKS)")
+
+
+def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
+    """One environment, or one clear line where nothing can render."""
+    check_task(task)
     try:
         return TASKS[task](domain, **kwargs)
     except RuntimeError as error:
@@ -530,8 +536,8 @@ def _worker(pipe, task, domain, num_envs, stride, kwargs):
             gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
             worlds.append(make(task, domain, **kwargs))
 
-        def see(env):
-            obs = env.observe()
+        def see(env, obs=None):
+            obs = env.observe(obs)
             return obs["image"][0].numpy(), obs["state"][0].numpy()
 
         while True:
@@ -542,24 +548,25 @@ def _worker(pipe, task, domain, num_envs, stride, kwargs):
                     replies.append(None)
                 elif command == "reset":
                     seeds[i] = row
-                    env.reset(seed=[row])
-                    replies.append(see(env))
+                    replies.append(see(env, env.reset(seed=[row])[0]))
                 else:
                     frames = [] if video else None
                     reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(row)[None], frames)
                     length, seen, final = int(env.elapsed_steps[0]), None, None
                     if truncated and auto_reset:
                         final = see(env)  # only a truncated episode's end is bootstrapped from
-                    if auto_reset and (terminated or truncated):
-                        seeds[i] += stride
-                        env.reset(seed=[seeds[i]])
-                    if auto_reset or not (terminated or truncated):
+                    if not (terminated or truncated):
                         seen = see(env)
+                    elif auto_reset:
+                        seeds[i] += stride
+                        seen = see(env, env.reset(seed=[seeds[i]])[0])
                     replies.append((seen, float(reward), bool(terminated), bool(truncated), length, final, frames))
             pipe.send(replies)
     except (EOFError, KeyboardInterrupt):
         pass
-    except BaseException as error:
+    except SystemExit as error:  # one clear line, from `make`
+        pipe.send(error)
+    except Exception as error:
         pipe.send(RuntimeError(f"an environment worker failed: {error}\n{traceback.format_exc()}"))
 
 
@@ -570,6 +577,7 @@ class VecEnv:
     """
 
     def __init__(self, task: str, domain: Domain, num_envs=32, workers: int | None = None, **kwargs):
+        check_task(task)
         workers = max(1, min(workers or os.cpu_count() or 1, num_envs))
         self.num_envs, self.pipes, self.processes = num_envs, [], []
         self.slices = [range(w, num_envs, workers) for w in range(workers)]
@@ -589,13 +597,16 @@ class VecEnv:
             reply = pipe.recv()
         except (EOFError, ConnectionResetError):
             raise SystemExit("an environment worker died: its message is above (out of memory if there is none)")
-        if isinstance(reply, Exception):
+        if isinstance(reply, BaseException):
             raise reply
         return reply
 
     def _exchange(self, command, rows, auto_reset=True, video=False):
         for pipe, indices in zip(self.pipes, self.slices):
-            pipe.send((command, [rows[i] for i in indices], auto_reset, video))
+            try:
+                pipe.send((command, [rows[i] for i in indices], auto_reset, video))
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # the worker is gone; what it had to say is in the pipe
         replies = [None] * self.num_envs
         for pipe, indices in zip(self.pipes, self.slices):
             for i, reply in zip(indices, self._receive(pipe)):
@@ -698,7 +709,7 @@ def show(out: Path = Path("runs/domains.png"), seeds: int = 4):
         for domain in DOMAINS.values():
             env, row = make(task, domain), []
             for seed in range(seeds):
-                env.reset(seed=[SEEDS["rl"] + seed])
+                env.reset(seed=[SEEDS["validation"] + seed])
                 expert = env.expert(np.random.default_rng(seed))
                 for _ in range(9 * seed):  # each column a little further into an episode
                     env.step_chunk(torch.from_numpy(next(expert))[None, None])
@@ -756,21 +767,21 @@ def bench(task: str = "push_cube", chunk: int = 8, num_envs: int = 32, workers: 
     print(f"stock ManiSkill, PushCube-v1, 64 x 64, {workers} processes: {stock:.0f} control steps/s")
 
     world, still = VecEnv(task, TWIN, num_envs, workers), np.zeros((num_envs, chunk, 7), np.float32)
-    limits = {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]}
-    policy = load_policy("tiny-pi05", chunk=chunk, action_horizon=chunk,
-                         stats={"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7}, "action": limits})
-    for name, act in (("the environments alone", lambda obs: still),
-                      ("with the policy sampling", lambda obs: policy.act(obs, sample=True).actions)):
-        obs, steps = world.reset(0), 0
-        for _ in range(2):
-            obs = world.step(act(obs))[0]
+    stats = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
+             "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]}}
+    policies = {f"with the default policy, chunk {n}": load_policy("tiny-pi05", stats=stats, chunk=n, action_horizon=n)
+                for n in (chunk, load_policy("tiny-pi05", stats=stats).chunk)}
+    for name, act in {f"alone, chunk {chunk}": lambda obs: still,
+                      **{name: lambda obs, p=p: p.act(obs, sample=True).actions for name, p in policies.items()}}.items():
+        obs, steps, last = world.reset(SEEDS["rl"]), 0, torch.zeros(num_envs, dtype=int)
         start = time.time()
         while time.time() < start + seconds:
-            obs = world.step(act(obs))[0]
-            steps += num_envs * chunk
+            obs, _, terminated, truncated, info = world.step(act(obs))
+            steps += (info["length"] - last).sum().item()  # executed: an episode may end inside a chunk
+            last = torch.where(terminated | truncated, 0, info["length"])
         rate = steps / (time.time() - start)
-        print(f"{task}, chunk {chunk}, {num_envs} environments in {workers} processes, {name}: {rate:.0f} control "
-              f"steps/s, {rate / stock:.1f} x stock")
+        print(f"{task}, {num_envs} environments in {workers} processes, {name}: {rate:.0f} control steps/s, "
+              f"{rate / stock:.1f} x stock")
     world.close()
 
 

@@ -12,12 +12,11 @@ import math
 import os
 import platform
 import subprocess
+from importlib.metadata import version
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-import transformers
 import tyro
 
 import envs
@@ -32,8 +31,8 @@ class Args:
     """checkpoints to compare: folders, or names on the Hub"""
     task: str = "push_cube"
     """a task of envs.py"""
-    target: Literal["standin", "twin"] = "standin"
-    """where: in the stand-in (which plays the real robot) beside the twin, or in the twin alone"""
+    target: str = "standin"
+    """where, beside the twin: a domain of envs.py; the stand-in plays the real robot"""
     episodes: int = 100
     """episodes for each checkpoint and domain, the same for all of them"""
     num_envs: int = 32
@@ -65,12 +64,14 @@ def table(results: list[dict]) -> str:
 
 
 def main(args: Args):
-    if missing := [p for p in args.policies if p.startswith("runs/") and not Path(p).exists()]:
+    if missing := [p for p in args.policies if p in Args.policies and not Path(p).exists()]:
         raise FileNotFoundError(f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, "
                                 f"then `python train_rlco.py` runs/rlco/best")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policies = {name: load_policy(name, device=device) for name in args.policies}
-    names = ["twin"] if args.target == "twin" else ["twin", args.target]
+    if args.target not in envs.DOMAINS or args.episodes < 1:
+        raise ValueError(f"--target is one of {', '.join(envs.DOMAINS)} (envs.DOMAINS), --episodes at least 1")
+    names, repeat = list(dict.fromkeys(["twin", args.target])), provenance()
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -86,7 +87,7 @@ def main(args: Args):
                                 wilson=wilson(successes, args.episodes), mean_length=float(played["length"].mean()),
                                 success=played["success"].tolist(), length=played["length"].tolist()))
     write_json(args.out / "results.json", dict(args=json.loads(json.dumps(asdict(args), default=str)), results=results,
-                                               **provenance()))
+                                               **repeat))
 
     for r in results if args.videos else ():
         chosen = [seed for kind in (True, False)
@@ -111,16 +112,20 @@ def write_json(path: Path, content):
 
 def provenance() -> dict:
     """What else it takes to get the same numbers again."""
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                            capture_output=True, text=True).stdout.strip()
-    return dict(commit=commit, python=platform.python_version(), torch=torch.__version__,
-                transformers=transformers.__version__, threads=torch.get_num_threads(), cpu=platform.processor())
+    try:
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        commit = ""
+    return dict(commit=commit, python=platform.python_version(), device="cuda" if torch.cuda.is_available() else "cpu",
+                cores=os.cpu_count(), threads=torch.get_num_threads(),
+                **{name: version(name) for name in ("torch", "transformers", "mani_skill", "sapien", "numpy")})
 
 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"eval_real.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted") from None

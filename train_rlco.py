@@ -9,8 +9,8 @@ Progress is in OUT/tensorboard and OUT/metrics.json, the curve in OUT/learning_c
 OUT/last. The same command again resumes a killed run at the iteration that it was in.
 """
 import json
+import math
 import os
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ class Args:
     update_epochs: int = 2
     minibatch_size: int = 256
     """decisions (chunks) in a gradient step"""
-    anchor_size: int = 64
+    anchor_batch_size: int = 64
     """real samples in a gradient step"""
     accumulate: int = 1
     """backward passes in a gradient step: more of them need less memory"""
@@ -72,7 +72,8 @@ class Args:
     entropy_coef: float = 0.0
     max_grad_norm: float = 1.0
     target_kl: float = 0.05
-    """an iteration's update stops when the approximate KL divergence exceeds it"""
+    """an iteration's update stops when the approximate KL divergence exceeds it (of pi0.5: that of the log-probability
+    per denoising step, which the ratio is made of)"""
     critic_warmup: int = 1
     """first iterations that train only the critic"""
     eval_every: int = 5
@@ -88,16 +89,19 @@ class Args:
     """also log to Weights & Biases (pip install wandb)"""
 
 
-def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation over decisions (Schulman 2016, eq. 16); all [T,B] -> advantage, return [T,B].
+def gae(reward, value, last_value, truncated_value, terminated, truncated, gamma, gae_lambda):
+    """Generalised advantage estimation over decisions (Schulman 2016, eq. 16) -> advantage, return [T,B].
 
-    next_value[t] is the value of what followed decision t; where an episode was truncated, of its last observation
-    before the reset. A terminated episode has no value left; neither kind of end lets later rewards flow back.
+    All [T,B], but last_value [B], of the observations after the rollout. An episode that was truncated after decision t
+    goes on in truncated_value[t], the value of its last observation before the reset; a terminated one has no value
+    left. Neither kind of end lets later rewards flow back.
     """
-    advantage, last = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    advantage, last, next_value = torch.zeros_like(reward), torch.zeros_like(last_value), last_value
     for t in reversed(range(len(reward))):
-        delta = reward[t] + gamma * next_value[t] * ~terminated[t] - value[t]
-        last = advantage[t] = delta + gamma * gae_lambda * ~done[t] * last
+        next_value = torch.where(truncated[t], truncated_value[t], next_value * ~terminated[t])
+        last = advantage[t] = (reward[t] + gamma * next_value - value[t]
+                               + gamma * gae_lambda * ~(terminated[t] | truncated[t]) * last)
+        next_value = value[t]
     return advantage, advantage + value
 
 
@@ -112,9 +116,9 @@ def rlco_loss(policy, rollout, real_batch, args):
     log_ratio = logprob - rollout["logprob"]
     ratio = log_ratio.exp()
     surrogate = torch.min(ratio * rollout["advantage"], ratio.clamp(1 - args.clip, 1 + args.clip) * rollout["advantage"])
-    value_near = rollout["value"] + (value - rollout["value"]).clamp(-args.value_clip, args.value_clip)
+    value_clipped = rollout["value"] + (value - rollout["value"]).clamp(-args.value_clip, args.value_clip)
     value_loss = torch.max(*(F.huber_loss(v, rollout["returns"], reduction="none", delta=args.huber_delta)
-                             for v in (value, value_near))).mean()
+                             for v in (value, value_clipped))).mean()
     ppo = -surrogate.mean() - args.entropy_coef * entropy.mean() + args.value_coef * value_loss
     anchor = policy.sft_loss(real_batch) if real_batch is not None else torch.zeros_like(ppo)
     parts = dict(ppo=ppo, anchor=anchor, policy=-surrogate.mean(), value=value_loss, entropy=entropy.mean(),
@@ -138,38 +142,43 @@ def plot(metrics, path):
 
 
 def main(args: Args):
+    if args.policy == Args.policy and not Path(args.policy).exists():
+        raise FileNotFoundError(f"{args.policy}: no stage I checkpoint; `python train_sft.py` makes it")
+    if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
+        raise ValueError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
     real = data.load_dataset(args.real or Path(f"demos/{args.task}-standin"))
     held_out = data.load_dataset(args.real_val or Path(f"demos/{args.task}-standin-val"))
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
     policy.freeze(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
     critic = list(policy.value_head.parameters())
-    actor = [p for p in policy.parameters() if p.requires_grad and all(p is not c for c in critic)]
+    actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head")]
     optimizer = torch.optim.AdamW([dict(params=actor, lr=args.lr), dict(params=critic, lr=args.value_lr)],
                                   betas=(0.9, 0.95), weight_decay=0)
-    real_batches = data.Mixture(real, None, 0, args.anchor_size // args.accumulate, policy.horizon, args.seed)
+    real_batches = data.Mixture(real, None, 0, args.anchor_batch_size // args.accumulate, policy.horizon, args.seed)
     held_out = data.Mixture(held_out, None, 0, 256, policy.horizon, seed=0)[0]
 
     # resume a killed run, leave a finished one alone
     args.out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(args), default=str))
-    state_file, start, updates, metrics = args.out / "trainer.pt", 0, 0, []
+    settings["policy_written"] = os.path.getmtime(args.policy) if Path(args.policy).is_dir() else None
+    state_file, start, updates, metrics, best = args.out / "trainer.pt", 0, 0, [], -1.0
     if state_file.exists():
         state = torch.load(state_file, map_location=device, weights_only=True)
         if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - {"iterations", "wandb"}:
             raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
                              f"or delete that folder")
-        start, updates = state["iteration"], state["updates"]
+        start, updates, best = state["iteration"], state["updates"], state["best"]
         metrics = state["metrics"] if start >= args.iterations else state["metrics"][:start]  # without a last validation
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
         if start < args.iterations:
             print(f"{args.out}: resuming at iteration {start}")
-    best = max((m["eval/success_twin"] for m in metrics if "eval/success_twin" in m), default=-1.0)
     if start >= args.iterations:
+        plot(metrics, args.out / "learning_curve.png")
         print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
         return
 
@@ -201,35 +210,34 @@ def main(args: Args):
             log |= validate(iteration)
             began = time.time()
 
-        # rollout in the twin; every iteration has its own episodes, so that a resumed run is the same run
-        obs = twin.reset(envs.SEEDS["rl"] + iteration * 10_000)
+        # rollout in the twin; every iteration has its own episodes, also in a resumed run
+        obs = twin.reset(envs.SEEDS["rl"] + args.seed * 10_000_000 + iteration * 10_000)
         steps = []
         for _ in range(decisions):
             obs = policy.encode(obs)
             decision = policy.act(obs, sample=True)
             next_obs, reward, terminated, truncated, info = twin.step(decision.actions.cpu())
-            bootstrap = torch.zeros(args.num_envs)
+            truncated_value = torch.zeros(args.num_envs)
             if truncated.any():
-                bootstrap[truncated] = policy.value(info["final_obs"]).cpu()
+                truncated_value[truncated] = policy.value(info["final_obs"]).cpu()
             steps.append(dict(obs=obs, latent=decision.latent, logprob=decision.logprob, value=decision.value,
-                              reward=reward, terminated=terminated, truncated=truncated, bootstrap=bootstrap))
+                              reward=reward, terminated=terminated, truncated=truncated,
+                              truncated_value=truncated_value, length=info["length"]))
             obs = next_obs
-        final_value = policy.value(obs)
 
         # advantages
         column = {k: torch.stack([s[k] for s in steps]).to(device) for k in steps[0] if k not in ("obs", "latent")}
         done = column["terminated"] | column["truncated"]
-        next_value = torch.cat([column["value"][1:], final_value[None]])
-        next_value = torch.where(column["truncated"], column["bootstrap"], next_value)
-        advantage, returns = gae(column["reward"], column["value"], next_value, column["terminated"], done, args.gamma,
-                                 args.gae_lambda)
+        advantage, returns = gae(column["reward"], column["value"], policy.value(obs), column["truncated_value"],
+                                 column["terminated"], column["truncated"], args.gamma, args.gae_lambda)
         explained = 1 - (returns - column["value"]).var() / returns.var().clamp(min=1e-8)
         first = done.float().argmax(0)  # an environment's first episode: later ones may be cut by the rollout's end
         log["rollout/success"] = column["terminated"].gather(0, first[None]).float().mean().item()
         log["rollout/return"] = (column["reward"] * (torch.arange(decisions, device=device)[:, None] <= first)
                                  ).sum(0).mean().item()
         log["rollout/explained_variance"] = explained.item()
-        log["time/rollout_steps_per_second"] = decisions * policy.chunk * args.num_envs / (time.time() - began)
+        executed = column["length"][-1].sum() + (column["length"] * done)[:-1].sum()
+        log["time/rollout_steps_per_second"] = executed.item() / (time.time() - began)
 
         # update
         rollout = dict(obs=cat_obs([s["obs"] for s in steps]), latent=torch.cat([s["latent"] for s in steps]),
@@ -246,21 +254,25 @@ def main(args: Args):
                 anchored = args.beta and not warming_up
                 real_batch = real_batches[updates * args.accumulate + part] if anchored else None
                 loss, parts = rlco_loss(policy, minibatch, real_batch, args)
-                if not torch.isfinite(loss):
-                    raise SystemExit(f"the loss is {loss.item()} in iteration {iteration}: lower --lr; "
-                                     f"{args.out}/last is the last good checkpoint")
                 ((parts["value"] if warming_up else loss) * len(micro) / len(rows)).backward()
                 step.append({k: v.item() for k, v in parts.items()})
             step = {k: float(np.mean([s[k] for s in step])) for k in step[0]}
             if step["approx_kl"] > args.target_kl:
                 break
+            if warming_up:
+                for p in actor:
+                    p.grad = None
             step["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor + critic, args.max_grad_norm).item()
+            if not math.isfinite(step["grad_norm"] + step["ppo"] + step["anchor"]):
+                raise SystemExit(f"iteration {iteration}: the gradient is {step['grad_norm']}, the loss {step['ppo']} + "
+                                 f"beta * {step['anchor']}. {args.out} keeps the last good checkpoint; begin again with "
+                                 f"a lower --lr and another --out")
             optimizer.step()
             history.append(step)
             updates += 1
         if not history:
-            raise SystemExit(f"iteration {iteration}: the KL divergence exceeds --target-kl before the first step: "
-                             f"acting and evaluating disagree; {args.out}/last is the last good checkpoint")
+            raise SystemExit(f"iteration {iteration}: the KL divergence exceeds --target-kl {args.target_kl} before the "
+                             f"first step: acting and evaluating disagree; {args.out} keeps the last good checkpoint")
 
         # log
         log |= {f"loss/{k}": float(np.mean([h[k] for h in history])) for k in history[0]}
@@ -270,8 +282,9 @@ def main(args: Args):
         metrics.append(log)
         recent = [m["rollout/success"] for m in metrics[-4:]]
         if len(recent) == 4 and max(recent) == 0 and max(m["rollout/success"] for m in metrics) > 0.1:
-            raise SystemExit(f"the policy collapsed: no success for 4 iterations, up to {iteration}; lower --lr or "
-                             f"--target-kl; {args.out}/best is the best checkpoint")
+            raise SystemExit(f"the policy collapsed: no success in iterations {iteration - 3} to {iteration}. "
+                             f"{args.out}/best is the best checkpoint; begin again with a lower --lr or --target-kl and "
+                             f"another --out")
         for key, value in log.items():
             writer.add_scalar(key, value, iteration)
         bar.set_postfix(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}",
@@ -279,7 +292,7 @@ def main(args: Args):
         if iteration + 1 == args.iterations:
             metrics.append(dict(iteration=args.iterations, **validate(args.iterations)))
         policy.save(args.out / "last")
-        torch.save(dict(args=settings, iteration=iteration + 1, updates=updates, metrics=metrics,
+        torch.save(dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
                         policy=policy.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state()),
                    state_file.with_suffix(".tmp"))
         os.replace(state_file.with_suffix(".tmp"), state_file)
@@ -295,7 +308,7 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train_rlco.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command resumes") from None

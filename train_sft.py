@@ -11,8 +11,6 @@ Progress is in OUT/tensorboard, checkpoints in OUT/best and OUT/last. The same c
 import json
 import math
 import os
-import random
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,13 +77,13 @@ class Args:
 def main(args: Args):
     demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"), real=args.real or Path(f"demos/{args.task}-standin"),
                  val=args.real_val or Path(f"demos/{args.task}-standin-val"))
-    if not (args.sim or args.real or args.real_val):
+    if not (args.sim or args.real or args.real_val) and not all(path.exists() for path in demos.values()):
         data.main(data.Args(task=args.task))
     real = data.load_dataset(demos["real"]) if args.alpha < 1 else None
     sim = data.load_dataset(demos["sim"]) if args.alpha > 0 else None
     val = data.load_dataset(demos["val"])
 
-    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(args.policy, stats=data.statistics(*(d for d in (real, sim) if d is not None)),
                          dtype=torch.bfloat16 if args.bf16 else None, device=device)
@@ -132,8 +130,9 @@ def main(args: Args):
     eval_every = math.ceil(args.steps / args.evaluations)
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, args.steps), num_workers=workers))
-    bar, last_print = tqdm(total=args.steps, initial=step, desc="stage I", unit="step"), time.time()
+    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, args.steps), num_workers=workers,
+                             generator=torch.Generator()))  # its own: the global one stays where resuming put it
+    bar = tqdm(total=args.steps, initial=step, desc="stage I", unit="step")
     for batch in loader:
         optimizer.zero_grad()
         losses = []
@@ -143,8 +142,8 @@ def main(args: Args):
         loss = torch.cat(losses).detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         if not torch.isfinite(grad_norm):
-            raise SystemExit(f"the loss is {loss.mean().item()} at step {step}: lower --lr; {args.out}/last is the last "
-                             f"good checkpoint")
+            raise SystemExit(f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm.item()}. {args.out} "
+                             f"keeps the last good checkpoint; begin again with a lower --lr and another --out")
         optimizer.step()
         scheduler.step()
         step += 1
@@ -167,10 +166,11 @@ def main(args: Args):
                 writer.add_scalar(key, value, step)
             tqdm.write(f"step {step}: success twin {log['eval/success_twin']:.0%}, stand-in "
                        f"{log['eval/success_standin']:.0%}; held-out real loss {log['eval/real_loss']:.3f}")
-            policy.save(args.out / "last")
             if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
                 best = log["eval/success_twin"]
                 policy.save(args.out / "best")
+        if step % 100 == 0 or step == args.steps:
+            policy.save(args.out / "last")
             torch.save(dict(args=settings, step=step, best=best, policy=policy.state_dict(), rng=torch.get_rng_state(),
                             optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()),
                        state_file.with_suffix(".tmp"))
@@ -183,7 +183,7 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"train_sft.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command resumes") from None

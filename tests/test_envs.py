@@ -202,3 +202,10 @@ def test_low_polygon_robot_goes_into_the_cache_folder(tmp_path, monkeypatch):
 def test_seeds_of_different_uses_never_meet():
     starts = sorted(envs.SEEDS.values())
     assert min(np.diff(starts)) >= 1_000_000 and len(set(starts)) == len(starts)
+    assert envs.SEEDS["rl"] == starts[-1]  # open-ended: an iteration takes ten thousand, however many there are
+
+
+def test_an_unknown_task_is_one_line():
+    for build in (lambda: envs.make("fly", envs.TWIN), lambda: envs.VecEnv("fly", envs.TWIN)):
+        with pytest.raises(SystemExit, match="no task 'fly': choose one of push_cube"):
+            build()

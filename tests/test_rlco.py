@@ -11,7 +11,7 @@ STATS = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
 ARGS = SimpleNamespace(clip=0.2, value_clip=0.2, huber_delta=10.0, value_coef=0.5, entropy_coef=0.01, beta=0.7)
 
 
-def slow_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
+def slow_gae(reward, value, last_value, truncated_value, terminated, truncated, gamma, gae_lambda):
     """The definition: a discounted sum of TD errors, up to the end of the episode."""
     T, B = reward.shape
     advantage = torch.zeros(T, B)
@@ -19,9 +19,13 @@ def slow_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         for t in range(T):
             weight = 1.0
             for s in range(t, T):
-                after = 0.0 if terminated[s, b] else next_value[s, b].item()
+                after = value[s + 1, b].item() if s + 1 < T else last_value[b].item()
+                if terminated[s, b]:
+                    after = 0.0
+                if truncated[s, b]:
+                    after = truncated_value[s, b].item()
                 advantage[t, b] += weight * (reward[s, b].item() + gamma * after - value[s, b].item())
-                if done[s, b]:
+                if terminated[s, b] or truncated[s, b]:
                     break
                 weight *= gamma * gae_lambda
     return advantage
@@ -29,13 +33,14 @@ def slow_gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 def test_gae_against_the_definition():
     generator = torch.Generator().manual_seed(0)
-    reward, value, next_value = torch.randn(3, 12, 5, generator=generator)
+    reward, value, truncated_value = torch.randn(3, 12, 5, generator=generator)
+    last_value = torch.randn(5, generator=generator)
     terminated = torch.rand(12, 5, generator=generator) < 0.15
     truncated = (torch.rand(12, 5, generator=generator) < 0.15) & ~terminated
-    done = terminated | truncated
     assert terminated[1:-1].any() and truncated[1:-1].any()  # both kinds of end inside the rollout
-    advantage, returns = train_rlco.gae(reward, value, next_value, terminated, done, 0.9, 0.8)
-    torch.testing.assert_close(advantage, slow_gae(reward, value, next_value, terminated, done, 0.9, 0.8))
+    rollout = reward, value, last_value, truncated_value, terminated, truncated, 0.9, 0.8
+    advantage, returns = train_rlco.gae(*rollout)
+    torch.testing.assert_close(advantage, slow_gae(*rollout))
     torch.testing.assert_close(returns, advantage + value)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STAGE_1 = "train_sft.py --steps 6 --batch-size 8 --evaluations 2 --eval-episodes 2 --num-envs 1".split()
-STAGE_2 = "train_rlco.py --num-envs 1 --minibatch-size 4 --eval-every 2 --eval-episodes 2 --eval-envs 1".split()
+STAGE_2 = "train_rlco.py --num-envs 1 --minibatch-size 4 --anchor-batch-size 4 --eval-every 2 --eval-episodes 2 --eval-envs 1".split()
 
 
 def run(folder, *command, ok=True):
@@ -69,6 +69,9 @@ def test_a_second_run_reuses_and_a_killed_one_resumes(folder):
     metrics = json.loads((folder / "runs/rlco/metrics.json").read_text())
     assert [m["iteration"] for m in metrics] == [0, 1, 2, 3] and "loss/ppo" in metrics[2]
     assert "another beta" in run(folder, *STAGE_2, "--iterations", "4", "--beta", "0.9", ok=False)
+    before = (folder / "runs/rlco/trainer.pt").read_bytes()
+    output = run(folder, *STAGE_2, "--iterations", "9", "--target-kl", "-1", "--out", "runs/stopped", ok=False)
+    assert "--target-kl" in output and (folder / "runs/rlco/trainer.pt").read_bytes() == before
 
 
 def test_missing_input_is_one_line_that_says_what_makes_it(folder, tmp_path):
