@@ -44,7 +44,7 @@ class Args:
     """weight of the supervised loss on real demonstrations; 0 is plain RL"""
     train: Literal["expert", "lora", "all"] = "expert"
     """which weights train: all but those that embed the observation (whose work is then done once), LoRA, or all"""
-    iterations: int = 20
+    iterations: int = 15
     """rollouts, each followed by an update"""
     num_envs: int = 128
     """environments, spread over the cores; each plays one episode, or more, an iteration"""
