@@ -572,7 +572,7 @@ class Args:
 
     task: str = "push_cube"
     """Which task of envs.py."""
-    num_twin: int = 300
+    num_twin: int = 500
     """Demonstrations in the twin. Simulated frames are cheap, and visual features need many."""
     num_standin: int = 50
     """Demonstrations in the stand-in: the "real" ones."""
