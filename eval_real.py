@@ -96,9 +96,12 @@ def main(args: Args):
         for seed, success, frames in zip(chosen, played["success"], played["frames"]):
             envs.write_video(args.out / f"videos/{r['policy'].strip('./').replace('/', '-')}_{r['domain']}_{seed}_"
                                         f"{'success' if success else 'failure'}.mp4", [frames])
-    if args.videos:
+    if args.videos:  # the last checkpoint in all domains side by side, an episode after the other
+        played = [world.evaluate(acts[args.policies[-1]], seeds[:4], video=True)["frames"] for world in worlds.values()]
+        longest = [max(map(len, episode)) for episode in zip(*played)]
         envs.write_video(args.out / f"{'_and_'.join(names)}.mp4", [
-            sum(world.evaluate(acts[args.policies[-1]], seeds[:4], video=True)["frames"], []) for world in worlds.values()])
+            [frame for frames, n in zip(column, longest) for frame in frames + frames[-1:] * (n + 5 - len(frames))]
+            for column in played])
     for world in worlds.values():
         world.close()
     print(f"\n{table(results)}\n\n{args.task}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"

@@ -44,7 +44,7 @@ class Args:
     """weight of the supervised loss on real demonstrations; 0 is plain RL"""
     train: Literal["expert", "lora", "all"] = "expert"
     """which weights train: all but those that embed the observation (whose work is then done once), LoRA, or all"""
-    iterations: int = 15
+    iterations: int = 20
     """rollouts, each followed by an update"""
     num_envs: int = 128
     """environments, spread over the cores; each plays one episode, or more, an iteration"""
@@ -137,6 +137,7 @@ def plot(metrics, path):
         points = [(m["iteration"], 100 * m[key]) for m in metrics if key in m]
         axis.plot(*zip(*points), style, label=label)
     axis.set(xlabel="RL iteration", ylabel="success (%)", ylim=(0, 100))
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3), axis.legend()
     figure.savefig(path, dpi=150), plt.close(figure)
 
