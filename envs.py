@@ -562,7 +562,7 @@ def _worker(pipe, task, domain, num_envs, stride, kwargs):
                         seen = see(env, env.reset(seed=[seeds[i]])[0])
                     replies.append((seen, float(reward), bool(terminated), bool(truncated), length, final, frames))
             pipe.send(replies)
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):  # the parent is gone
         pass
     except SystemExit as error:  # one clear line, from `make`
         pipe.send(error)
