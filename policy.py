@@ -16,10 +16,8 @@ import json
 import math
 import os
 import re
-import shutil
+import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,60 +30,55 @@ from huggingface_hub import snapshot_download, split_torch_state_dict_into_shard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaDecoderLayer, GemmaRMSNorm
+from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaDecoderLayer, GemmaRMSNorm, rotate_half
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, LlamaRotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig, SiglipVisionEmbeddings
 
 VOCAB = 811  # small_tokenizer's
+PI05 = {"type": "pi05", "max_token_len": 200, "num_steps": 4}
+TINY_GEMMA = {"depth": 3, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32, "hidden_act": "silu"}
+TINY_VIT = {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128}
 LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048}
 PRESETS = {
     # From scratch in minutes on 2 CPU cores. No tanh GELU: it costs four times erf GELU or SiLU there.
     "tiny-pi05": {
-        "type": "pi05", "lora": [0, 0], "max_token_len": 200, "num_steps": 4, "noise_std": [0.15, 0.25], "loss_draws": 4,
-        "action_dim": 7, "action_horizon": 4, "chunk": 4, "value_hidden": [128, 128],
+        **PI05, "action_dim": 7, "action_horizon": 4, "chunk": 4, "noise_std": [0.15, 0.25], "loss_draws": 4,
         "vision": {"image_size": 64, "patch_size": 8, "hidden_size": 96, "num_hidden_layers": 2,
                    "num_attention_heads": 3, "intermediate_size": 192, "hidden_act": "gelu"},
-        "vlm": {"width": 96, "depth": 3, "mlp_dim": 192, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32,
-                "hidden_act": "silu", "vocab_size": VOCAB},
-        "action_expert": {"width": 128, "depth": 3, "mlp_dim": 512, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32,
-                          "hidden_act": "silu"},
-    },
+        "vlm": {**TINY_GEMMA, "width": 96, "mlp_dim": 192, "vocab_size": VOCAB},
+        "action_expert": {**TINY_GEMMA, "width": 128, "mlp_dim": 512}, "value_hidden": [128, 128]},
     # Published sizes (openpi's gemma_2b and gemma_300m, SigLIP so400m/14) and RLinf's RL-Co settings.
     "pi05": {
-        "type": "pi05", "lora": [0, 0], "max_token_len": 200, "num_steps": 4, "noise_std": [0.12, 0.16],
-        "loss_draws": 1, "action_dim": 32, "action_horizon": 8, "chunk": 4, "value_hidden": [512, 256, 128],
+        **PI05, "action_dim": 32, "action_horizon": 8, "chunk": 4, "noise_std": [0.12, 0.16], "loss_draws": 1,
         "vision": {"image_size": 224, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27,
                    "num_attention_heads": 16, "intermediate_size": 4304},
         "vlm": {"width": 2048, "depth": 18, "mlp_dim": 16384, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256,
                 "vocab_size": 257152},
         "action_expert": {"width": 1024, "depth": 18, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 1,
-                          "head_dim": 256},
-    },
+                          "head_dim": 256}, "value_hidden": [512, 256, 128]},
     "tiny-openvla": {
-        "type": "openvla", "lora": [0, 0], "predict_stop_token": False, "temperature": 1.0, "value_hidden": [128, 64],
+        "type": "openvla", "predict_stop_token": False, "temperature": 1.0, "value_hidden": [128, 64],
         "action_dim": 7, "action_horizon": 4, "chunk": 4, "image_size": 64, "patch_size": 8,
         "real_vocab_size": VOCAB + 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "empty_token_id": 261,
-        "dino": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128, "reg_tokens": 4},
-        "siglip": {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128},
+        "dino": {**TINY_VIT, "reg_tokens": 4}, "siglip": TINY_VIT,
         "llm": {**LLAMA, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
-                "intermediate_size": 256, "vocab_size": VOCAB + 320},
-    },
-    # Published OpenVLA-7B; LoRA (rank, alpha) and value head as its authors and RL4VLA do.
+                "intermediate_size": 256, "vocab_size": VOCAB + 320}},
+    # Published OpenVLA-7B; the value head is RL4VLA's.
     "openvla-7b": {
-        "type": "openvla", "lora": [32, 16], "predict_stop_token": True, "temperature": 1.0, "value_hidden": [512, 128],
+        "type": "openvla", "predict_stop_token": True, "temperature": 1.0, "value_hidden": [512, 128],
         "action_dim": 7, "action_horizon": 1, "chunk": 1, "image_size": 224, "patch_size": 14,
         "real_vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000, "empty_token_id": 29871,
         "dino": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096, "reg_tokens": 4},
         "siglip": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden": 4304},
         "llm": {**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
-                "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32064},
-    },
+                "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32064}},
 }
+LORA = {"r": 32, "lora_alpha": 16, "init_lora_weights": "gaussian"}  # OpenVLA's authors' and RL4VLA's
 
 
-@dataclass
-class Decision:
+class Decision(NamedTuple):
     """actions [B,C,7] physical; latent: what evaluate needs; logprob [B] (0 without sampling); value [B]."""
     actions: torch.Tensor
     latent: torch.Tensor
@@ -93,7 +86,7 @@ class Decision:
     value: torch.Tensor
 
 
-# ---- observations -----------------------------------------------------------------------------------------------
+# ---- observations and actions -----------------------------------------------------------------------------------
 
 TOKEN_DIM = {"prefix_kv": -2, "prefix_mask": -1}  # cached tensors whose length depends on the prompt
 
@@ -107,17 +100,15 @@ def index_obs(obs: dict, idx) -> dict:
 def cat_obs(batches: list[dict]) -> dict:
     """Concatenate along B; cached token dimensions are right-padded (mask False) when prompts differ in length."""
     def join(key):
-        values, dim = [b[key] for b in batches], TOKEN_DIM.get(key)
+        values = [b[key] for b in batches]
         if isinstance(values[0], list):
             return sum(values, [])
-        if dim is not None:
+        if dim := TOKEN_DIM.get(key):
             longest = max(v.shape[dim] for v in values)
             values = [F.pad(v, (0, 0) * (-1 - dim) + (0, longest - v.shape[dim])) for v in values]
         return torch.cat(values)
     return {key: join(key) for key in batches[0]}
 
-
-# ---- normalisation ----------------------------------------------------------------------------------------------
 
 def normalize(x: torch.Tensor, stats: dict, eps: float = 1e-6) -> torch.Tensor:
     """[...,D] physical -> [-1,1] between q01 and q99, not clipped (openpi); a dimension with zero range gives 0."""
@@ -139,8 +130,8 @@ def resize(image: torch.Tensor, size: int, pad: bool, how: Image.Resampling) -> 
         return image
     scale = max(h, w) / size
     new = (int(w / scale), int(h / scale)) if pad else (size, size)
-    out = np.zeros((len(image), size, size, 3), np.uint8)
     left, top = (size - new[0]) // 2, (size - new[1]) // 2
+    out = np.zeros((len(image), size, size, 3), np.uint8)
     for row, array in zip(out, image.cpu().numpy()):
         row[top : top + new[1], left : left + new[0]] = Image.fromarray(array).resize(new, how)
     return torch.from_numpy(out).to(image.device)
@@ -148,7 +139,6 @@ def resize(image: torch.Tensor, size: int, pad: bool, how: Image.Resampling) -> 
 
 # ---- prompt -----------------------------------------------------------------------------------------------------
 
-PAD, BOS = 0, 2  # PaliGemma's ids
 WORDS = """Task State Action In What action should the robot take to Out push pull pick place put open close move lift
 stack slide turn press a an of in on onto into from with and up down left right front back over under red green blue
 yellow black white cube block ball bowl plate drawer door box cup can goal target table region top middle bottom
@@ -188,21 +178,6 @@ def pi05_prompt(prompt: str, state: np.ndarray) -> str:
 # ---- what both policies share -----------------------------------------------------------------------------------
 
 HEADS = ("value_head.", "noise_head.")  # what RL adds to a published model; float32, kept in a file of their own
-PALIGEMMA = "paligemma_with_expert.paligemma."
-LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
-EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
-OPENPI_STATS = {"observation.state": "state", "action": "actions"}
-OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
-LEROBOT_CONFIG = {"chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
-                  "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
-OPENVLA_CONFIG = {
-    "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "n_action_bins": 256,
-    "arch_specifier": "no-align+fused-gelu-mlp", "output_projector_states": False, "llm_max_length": 2048,
-    "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
-                 "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
-    "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
-    "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
-}
 
 
 def box(**children: nn.Module) -> nn.ModuleDict:
@@ -215,13 +190,27 @@ def mlp(sizes: list[int], act: type[nn.Module], bias_last: bool = True) -> nn.Se
     return nn.Sequential(*layers)
 
 
-class Policy(nn.Module):
-    """Statistics, prompt encoding, what trains, and checkpoints; the model and its losses are in the two subclasses."""
+def masked_mean(loss: torch.Tensor, keep: torch.Tensor, reduce: bool) -> torch.Tensor:
+    """loss [B,n] -> its mean where keep [B,n]: of each row [B], or of these with `reduce`."""
+    loss = (loss * keep).sum(1) / keep.sum(1).clamp(min=1)
+    return loss.mean() if reduce else loss
 
-    FROZEN: tuple  # what freeze("expert") freezes
-    UNTRAINED: tuple  # what no loss reaches, though checkpoints have it
-    FLOAT32: tuple = HEADS  # what stays in float32 when a dtype is asked for
-    TOKENIZER: str  # on the Hub, where a checkpoint comes without its own
+
+def put(file: Path, content) -> None:
+    """Write tensors, bytes or JSON whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_name(f".{file.name}.tmp")
+    if file.suffix == ".safetensors":
+        save_file({k: v.contiguous() for k, v in content.items()}, tmp, {"format": "pt"})
+    else:
+        tmp.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
+    os.replace(tmp, file)
+
+
+class Policy(nn.Module):
+    """Statistics, prompt encoding, what trains, and checkpoints; the model and its losses are in the two subclasses,
+    which also say: what freeze("expert") freezes (FROZEN), what no loss reaches though checkpoints have it (UNTRAINED),
+    what stays in float32 (FLOAT32), where a tokenizer is if a checkpoint has none (TOKENIZER), others' LAYOUTS."""
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__()
@@ -251,6 +240,12 @@ class Policy(nn.Module):
                                         f"({error}): copy that model's tokenizer.json into the folder") from None
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
+    def pad_tokens(self, rows: list[list[int]], side: str, value: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and validity [B,T], padded to the longest of the batch."""
+        pad = partial(pad_sequence, batch_first=True, padding_side=side)
+        ids = pad([torch.tensor(r) for r in rows], padding_value=value)
+        return ids.to(self.device), pad([torch.ones(len(r), dtype=torch.bool) for r in rows]).to(self.device)
+
     def freeze(self, train: str) -> None:
         """What trains besides the heads: "expert": all but what embeds the observation (pi0.5: SigLIP and the VLM;
         OpenVLA: the vision towers and the projector); "lora": low-rank adapters on every linear layer; "all"."""
@@ -259,25 +254,25 @@ class Policy(nn.Module):
         if train == "lora":
             self.add_lora()
         for name, p in self.named_parameters():
-            p.requires_grad_(name.startswith(HEADS) or train == "all" or (
-                "lora_" in name if train == "lora" else not name.startswith(self.FROZEN)))
-            if name.startswith(self.UNTRAINED):
-                p.requires_grad_(False)
+            chosen = {"all": True, "lora": "lora_" in name, "expert": not name.startswith(self.FROZEN)}[train]
+            p.requires_grad_((chosen or name.startswith(HEADS)) and not name.startswith(self.UNTRAINED))
         self.frozen_prefix = train == "expert"
 
     def add_lora(self) -> None:
-        """LoRA (arXiv 2106.09685) of config["lora"] = (rank, alpha) in float32 on every linear layer but the heads."""
+        """LoRA (arXiv 2106.09685) in float32 on every linear layer that trains, but the heads."""
         if self.lora_layers():
             return
         from peft import LoraConfig, inject_adapter_in_model  # imported here: only full-size fine-tuning needs it
         names = [n for n, m in self.named_modules() if isinstance(m, nn.Linear)
                  and not n.startswith((*HEADS, *self.UNTRAINED)) and not n.endswith("lm_head")]
-        rank, alpha = self.config["lora"] = [r or d for r, d in zip(self.config["lora"], (32, 16))]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names,
-                                           init_lora_weights="gaussian"), self)
+        inject_adapter_in_model(LoraConfig(**LORA, target_modules=names), self)
         for name, p in self.named_parameters():
             if "lora_" in name:
                 p.data = p.data.float()
+
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        wide = name.startswith(HEADS) or "lora_" in name or dtype and any(f in name for f in self.FLOAT32)
+        return torch.float32 if wide else dtype
 
     def lora_layers(self) -> dict[str, nn.Module]:
         return {n: m for n, m in self.named_modules() if hasattr(m, "lora_A")}
@@ -288,87 +283,61 @@ class Policy(nn.Module):
             return checkpoint(layer, *args, use_reentrant=False, **kwargs)
         return layer(*args, **kwargs)
 
+    def prefix_grad(self):
+        """The context in which the prefix is computed: without gradient where it is frozen."""
+        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix)
+
+    @torch.no_grad()
     def save(self, folder: str | Path, layout: str | None = None) -> None:
         """Write a checkpoint folder, each file whole or not at all: all of this policy, or with `layout` "openpi",
         "lerobot" or "openvla" what that project's code loads (LoRA merged in, the files it came with copied). What RL
         adds is beside in heads.safetensors."""
-        folder, pi05 = Path(folder), isinstance(self, Pi05)
-        if layout not in (None, *(layouts := ("openpi", "lerobot") if pi05 else ("openvla",))):
-            raise ValueError(f"a {self.config['type']} policy is saved as {' or '.join(layouts)}, not as {layout}")
-
-        def put(name: str, content) -> None:
-            file = folder / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            tmp = file.with_name(f".{file.name}.tmp")
-            if name.endswith(".safetensors"):
-                save_file({k: v.contiguous() for k, v in content.items()}, tmp, {"format": "pt"})
-            elif isinstance(content, Path):
-                shutil.copyfile(content, tmp)
-            else:
-                tmp.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
-            os.replace(tmp, file)
-
-        heads, tensors, adapters = {}, {}, self.lora_layers()
-        for name, p in self.state_dict().items():
-            owner = name.rsplit(".base_layer.", 1)[0]
-            if name.startswith(HEADS) or "lora_" in name:
-                heads |= {} if layout and "lora_" in name else {name: p}
-            elif layout and owner in adapters and name.endswith("weight"):
-                delta = adapters[owner].get_delta_weight("default").float()
-                tensors[f"{owner}.weight"] = (p.float() + delta).to(p.dtype)
-            else:
-                tensors[name.replace(".base_layer.", ".")] = p
-        if pi05 and tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr():
-            if layout == "lerobot":
-                tensors[LM_HEAD] = tensors[EMBED].clone()
-            else:
-                del tensors[EMBED]  # openpi's loader wants a tied tensor once, under this name
-        if layout == "lerobot":
-            tensors = {f"model.{k}": v for k, v in tensors.items()}
-
-        config, stats, away = self.config, self.stats or {}, folder.resolve()
-        for file in list(self.source.rglob("*")) if layout and self.source else []:
-            if file.suffix in (".json", ".py", ".model", ".txt") and away not in file.resolve().parents and (
-                    not file.name.endswith((".index.json", "config.json", "rlco.json"))):
-                put(str(file.relative_to(self.source)), file)
+        folder, state = Path(folder), self.state_dict()
+        if layout not in (None, *self.LAYOUTS):
+            raise ValueError(f"a {self.config['type']} policy is saved as {' or '.join(self.LAYOUTS)}, not as {layout}")
+        if layout:
+            for name, m in self.lora_layers().items():
+                w = m.base_layer.weight
+                state[f"{name}.base_layer.weight"] = (w.float() + m.get_delta_weight("default").float()).to(w.dtype)
+            state = {k: v for k, v in state.items() if "lora_" not in k}
+            inputs = [f for f in (self.source.rglob("*") if self.source else ())
+                      if f.suffix in (".json", ".py", ".model", ".txt") and folder.resolve() not in f.resolve().parents
+                      and not f.name.endswith((".index.json", "config.json", "rlco.json"))]
+            for file in inputs:
+                put(folder / file.relative_to(self.source), file.read_bytes())
+        (folder / "rlco.json").unlink(missing_ok=True)  # lerobot's layout alone has it
+        heads = {k: v for k, v in state.items() if k.startswith(HEADS) or "lora_" in k}
+        tensors = {k.replace(".base_layer.", "."): v for k, v in state.items() if k not in heads}
+        tensors, config = export(self, tensors, folder, layout)
         plan = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB" if layout == "openvla" else "1TB",
                                                   filename_pattern="model{suffix}.safetensors")
         for name, keys in plan.filename_to_tensors.items():
-            put(name, {k: tensors[k] for k in keys})
-        put("heads.safetensors", heads)
-        for file in [*folder.glob("model*.safetensors*"), folder / "rlco.json"]:
+            put(folder / name, {k: tensors[k] for k in keys})
+        for file in folder.glob("model*.safetensors*"):
             if file.name not in plan.filename_to_tensors:
-                file.unlink(missing_ok=True)  # of another layout or number of shards
+                file.unlink()  # of another number of shards
         if plan.is_sharded:
-            put("model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+            put(folder / "model.safetensors.index.json",
+                {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
         if self.tokenizer is not None:
-            put("tokenizer.json", self.tokenizer.to_str())
-        put("stats.json", stats)
-        if layout == "lerobot":
-            put("rlco.json", config)
-            config = lerobot_config(self, put)
-        elif pi05:
-            theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
-                      for o, t in OPENPI_STATS.items() if o in stats}
-            for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
-                put(str(file.relative_to(folder)), {"norm_stats": theirs})
-            config = {**OPENPI_CONFIG, **config}
-        else:
-            ours = {config.get("unnorm_key") or "rlco": {"action": stats["action"]}} if "action" in stats else {}
-            config = {**OPENVLA_CONFIG, **config, "norm_stats": {**(config.get("norm_stats") or {}), **ours},
-                      "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
-                      "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
-        put("config.json", config)
+            put(folder / "tokenizer.json", self.tokenizer.to_str().encode())
+        put(folder / "heads.safetensors", heads)
+        put(folder / "stats.json", self.stats or {})
+        put(folder / "config.json", config)
 
 
 # ---- pi0.5 ------------------------------------------------------------------------------------------------------
 
+PALIGEMMA = "paligemma_with_expert.paligemma."
+LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
+EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
+
+
 class Prefix(NamedTuple):
     """The VLM's view of an observation: per layer keys and values after RoPE [B,kv heads,P,head_dim]; validity [B,P],
-    None when nothing is padded; number of valid tokens [B or 1]; mean of its last features [B,width] (or None)."""
+    None when nothing is padded; mean of its last features [B,width] (or None)."""
     kv: list
     mask: torch.Tensor | None
-    length: torch.Tensor
     feature: torch.Tensor | None
 
 
@@ -390,61 +359,27 @@ class AdaRMSNorm(nn.Module):
         return torch.addcmul(shift, normed, 1 + scale).type_as(x), gate
 
 
-def modulate(norm, x, cond):
-    return (norm(x), 1) if cond is None else norm(x, cond)
-
-
-def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(positions: torch.Tensor, cfg: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """positions [B or 1,T] -> cos, sin [B or 1,T,1,head_dim]"""
-    freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = (positions[..., None].float() * freq)[:, :, None]
-    return angle.cos().repeat(1, 1, 1, 2), angle.sin().repeat(1, 1, 1, 2)
+    half = torch.arange(0, cfg["head_dim"], 2, device=positions.device, dtype=torch.float32)
+    angle = positions[..., None].float() * cfg.get("rope_theta", 1e4) ** (-half / cfg["head_dim"])
+    return tuple(f.repeat(1, 1, 2)[:, :, None] for f in (angle.cos(), angle.sin()))
 
 
 def rotate(x, rope):
-    """Rotate-half RoPE on x [B,T,heads,head_dim]."""
-    a, b = x.chunk(2, -1)
-    return x * rope[0].type_as(x) + torch.cat((-b, a), -1) * rope[1].type_as(x)
-
-
-def attend(q, k, v, mask):
-    """q [B,T,heads,d], k and v [B,kv heads,S,d], mask [B or 1,T,S] bool or None -> [B,T,heads*d].
-    Query heads that share a key head are folded into the query dimension, so keys are never repeated."""
-    B, T, heads, d = q.shape
-    groups = heads // k.shape[1]
-    q = q.view(B, T, k.shape[1], groups, d).transpose(1, 2).reshape(B, k.shape[1], T * groups, d)
-    if mask is not None:
-        mask = mask.repeat_interleave(groups, 1)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.view(B, k.shape[1], T, groups, d).transpose(1, 2).reshape(B, T, heads * d)
-
-
-def gemma_layer(layer, x, rope, past=None, mask=None, cond=None, kv_only=False):
-    """One layer of either stream on x [B,...,width], whose inner dimensions are tokens; `past` keys and values come
-    first. Returns the new x and this layer's own keys and values."""
-    attn, B, d = layer.self_attn, len(x), layer.self_attn.head_dim
-    h, gate = modulate(layer.input_layernorm, x, cond)
-    k = rotate(attn.k_proj(h).view(B, -1, attn.config.num_key_value_heads, d), rope).transpose(1, 2)
-    v = attn.v_proj(h).view(B, -1, attn.config.num_key_value_heads, d).transpose(1, 2)
-    if kv_only:
-        return None, (k, v)
-    q = rotate(attn.q_proj(h).view(B, -1, attn.config.num_attention_heads, d), rope)
-    keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
-    x = (x + gate * attn.o_proj(attend(q, keys, values, mask)).view_as(x)).type_as(x)
-    h, gate = modulate(layer.post_attention_layernorm, x, cond)
-    return (x + gate * layer.mlp(h)).type_as(x), (k, v)
+    """RoPE on x [B,T,heads,head_dim]."""
+    return x * rope[0].type_as(x) + rotate_half(x) * rope[1].type_as(x)
 
 
 def gemma(cfg: dict, ada: bool) -> nn.ModuleDict:
-    """A Gemma stack's parameters under transformers' names; its forward is `gemma_layer`."""
+    """A Gemma stack's parameters under transformers' names; its forward is `Pi05.layer`."""
     eps = cfg.get("rms_norm_eps", 1e-6)
     hf = GemmaConfig(hidden_size=cfg["width"], intermediate_size=cfg["mlp_dim"], num_attention_heads=cfg["num_heads"],
                      num_key_value_heads=cfg["num_kv_heads"], head_dim=cfg["head_dim"], rms_norm_eps=eps,
                      hidden_act=cfg.get("hidden_act", "gelu_pytorch_tanh"))
     layers = nn.ModuleList(GemmaDecoderLayer(hf, i) for i in range(cfg["depth"]))
-    if ada:
-        for layer in layers:
-            layer.input_layernorm, layer.post_attention_layernorm = (AdaRMSNorm(cfg["width"], eps) for _ in range(2))
+    for layer in layers if ada else ():
+        layer.input_layernorm, layer.post_attention_layernorm = (AdaRMSNorm(cfg["width"], eps) for _ in range(2))
     return box(layers=layers, norm=(AdaRMSNorm if ada else GemmaRMSNorm)(cfg["width"], eps))
 
 
@@ -452,10 +387,9 @@ class Pi05(Policy):
     """pi0.5 (openpi's PyTorch model and key names) with Flow-Noise exploration (piRL, arXiv 2510.25889; RLinf) and
     a value head on the mean VLM prefix feature."""
 
-    FROZEN = (PALIGEMMA,)
+    LAYOUTS, TOKENIZER, FROZEN = ("openpi", "lerobot"), "google/paligemma-3b-pt-224", (PALIGEMMA,)
     FLOAT32 = (*HEADS, "action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm",
                "model.norm")
-    TOKENIZER = "google/paligemma-3b-pt-224"
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__(config, stats, tokenizer)
@@ -508,7 +442,35 @@ class Pi05(Policy):
             if name.endswith(("q_proj.weight", "k_proj.weight")) and "vision_tower" not in name:
                 p.mul_(2)
 
-    # -- the model ---------------------------------------------------------------------------------------------
+    @staticmethod
+    def attend(q, k, v, mask):
+        """q [B,T,heads,d], k and v [B,kv heads,S,d], mask [B or 1,T,S] bool or None -> [B,T,heads*d].
+        Query heads that share a key head are folded into the query dimension, so keys are never repeated."""
+        B, T, heads, d = q.shape
+        groups = heads // k.shape[1]
+        q = q.view(B, T, k.shape[1], groups, d).transpose(1, 2).reshape(B, k.shape[1], T * groups, d)
+        mask = None if mask is None else mask.repeat_interleave(groups, 1)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.view(B, k.shape[1], T, groups, d).transpose(1, 2).reshape(B, T, heads * d)
+
+    def layer(self, layer, x, rope, past=None, mask=None, cond=None, kv_only=False):
+        """One Gemma layer of either stream on x [B,...,width], whose inner dimensions are tokens; `past` keys and
+        values come first. -> the new x, this layer's own keys and values."""
+        attn, B, d = layer.self_attn, len(x), layer.self_attn.head_dim
+
+        def norm(module):
+            return (module(x), 1) if cond is None else module(x, cond)
+
+        h, gate = norm(layer.input_layernorm)
+        k = rotate(attn.k_proj(h).view(B, -1, attn.config.num_key_value_heads, d), rope).transpose(1, 2)
+        v = attn.v_proj(h).view(B, -1, attn.config.num_key_value_heads, d).transpose(1, 2)
+        if kv_only:
+            return None, (k, v)
+        q = rotate(attn.q_proj(h).view(B, -1, attn.config.num_attention_heads, d), rope)
+        keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
+        x = (x + gate * attn.o_proj(self.attend(q, keys, values, mask)).view_as(x)).type_as(x)
+        h, gate = norm(layer.post_attention_layernorm)
+        return (x + gate * layer.mlp(h)).type_as(x), (k, v)
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         """[N,3,S,S] in [-1,1] -> [N,patches,VLM width]"""
@@ -525,94 +487,76 @@ class Pi05(Policy):
         mask [B,P]. The towers see only cameras that are present; a camera that is absent everywhere takes no tokens."""
         keep = image_masks.any(1)
         images, image_masks = images[keep], image_masks[keep]
+        seen = self.embed_images(images[image_masks])
+        patches = seen.new_zeros(*image_masks.shape, *seen.shape[1:])
+        patches[image_masks] = seen
         words = self.vlm.language_model.embed_tokens(tokens)
-        words = words * words.shape[-1] ** 0.5
-        if image_masks.all():
-            patches = self.embed_images(images.flatten(0, 1)).unflatten(0, image_masks.shape)
-        else:
-            seen = self.embed_images(images[image_masks])
-            patches = seen.new_zeros(*image_masks.shape, *seen.shape[1:])
-            patches = patches.masked_scatter(image_masks[..., None, None], seen)
         mask = torch.cat([*image_masks[:, :, None].expand(-1, -1, patches.shape[2]), token_masks], 1)
-        return torch.cat([*patches.to(words.dtype), words], 1), mask
+        return torch.cat([*patches.to(words.dtype), words * words.shape[-1] ** 0.5], 1), mask
 
     def prefix(self, x, mask, feature: bool) -> Prefix:
         """The VLM over prefix embeddings [B,P,width] with validity [B,P]; `feature` also runs the last layer's
         attention and MLP, which only the value head reads: without gradient, because the critic's early, large ones
-        would tear the prefix (as the last layer is in the flow loss, it stays as it is)."""
-        cfg = self.config["vlm"]
-        if mask.all():
-            mask, length = None, torch.full((1,), x.shape[1], device=x.device)
-            positions, visible = torch.arange(x.shape[1], device=x.device)[None], None
-        else:
-            length, positions, visible = mask.sum(1), mask.cumsum(1) - 1, mask[:, None].expand(-1, x.shape[1], -1)
-        rope = rope_table(positions, cfg["head_dim"], cfg.get("rope_theta", 1e4))
-        kv, vlm = [], self.vlm.language_model
+        would tear the prefix (as the last layer is in no loss, it stays as it is)."""
+        positions, visible = torch.arange(x.shape[1], device=x.device)[None], None
+        if not (full := mask.all()):
+            positions, visible = mask.cumsum(1) - 1, mask[:, None].expand(-1, x.shape[1], -1)
+        rope, kv, mean, vlm = rope_table(positions, self.config["vlm"]), [], None, self.vlm.language_model
         for layer in vlm.layers:
-            inputs, last = (layer, x, rope, None, visible), layer is vlm.layers[-1]
-            x, own = self.run(gemma_layer, *inputs, kv_only=last)
+            inputs = layer, x, rope, None, visible
+            x, own = self.run(self.layer, *inputs, kv_only=layer is vlm.layers[-1])
             kv.append(own)
-        mean = None
         if feature:
             with torch.no_grad():
-                x = vlm.norm(gemma_layer(*inputs)[0]).float()
-                mean = x.mean(1) if mask is None else (x * mask[..., None]).sum(1) / length[:, None]
-        return Prefix(kv, mask, length, mean)
+                x = vlm.norm(self.layer(*inputs)[0]).float()
+                mean = x.mean(1) if full else (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return Prefix(kv, None if full else mask, mean)
 
     def velocity(self, x: torch.Tensor, t: torch.Tensor, prefix: Prefix):
         """K noisy chunks per observation in one pass: x [B,K,H,D] at flow times t [B or 1,K] (1 = noise) ->
         velocity [B,K,H,D] and the expert's features [B,K,H,width], both float32. The K chunks share the prefix's keys
         and do not see each other."""
         cfg, expert = self.config["action_expert"], self.paligemma_with_expert.gemma_expert.model
-        B, K, H, _ = x.shape
+        (_, K, H, _), device = x.shape, x.device
         short, long = self.config.get("min_period", 4e-3), self.config.get("max_period", 4.0)
-        period = short * (long / short) ** torch.linspace(0, 1, cfg["width"] // 2, dtype=torch.float64, device=x.device)
+        period = short * (long / short) ** torch.linspace(0, 1, cfg["width"] // 2, dtype=torch.float64, device=device)
         angle = t.double()[..., None] * 2 * math.pi / period  # float32 would move the velocity by 1e-4
         cond = torch.cat([angle.sin(), angle.cos()], -1).to(self.time_mlp_in.weight.dtype)
         cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(cond))))[:, :, None]
 
-        positions = prefix.length[:, None] + torch.arange(H, device=x.device).repeat(K)
-        rope = rope_table(positions, cfg["head_dim"], cfg.get("rope_theta", 1e4))
-        mask = None
+        seen, mask = prefix.mask, None
+        if seen is None:
+            seen = torch.ones(1, prefix.kv[0][0].shape[2], dtype=torch.bool, device=device)
+        rope = rope_table(seen.sum(1, keepdim=True) + torch.arange(H, device=device).repeat(K), cfg)
         if K > 1 or prefix.mask is not None:
-            own = torch.arange(K, device=x.device).repeat_interleave(H)
-            own = own[:, None] == own
-            seen = own.new_ones(1, prefix.kv[0][0].shape[2]) if prefix.mask is None else prefix.mask
-            mask = torch.cat([seen[:, None].expand(-1, K * H, -1), own.expand(len(seen), -1, -1)], 2)
+            own = torch.arange(K, device=device).repeat_interleave(H)
+            own = (own[:, None] == own).expand(len(seen), -1, -1)
+            mask = torch.cat([seen[:, None].expand(-1, K * H, -1), own], 2)
         h = self.action_in_proj(x.to(self.action_in_proj.weight.dtype)).to(expert.layers[0].mlp.up_proj.weight.dtype)
         for layer, past in zip(expert.layers, prefix.kv):
-            h, _ = self.run(gemma_layer, layer, h, rope, past=past, mask=mask, cond=cond)
+            h, _ = self.run(self.layer, layer, h, rope, past, mask, cond)
         h = expert.norm(h, cond)[0].float()
         return self.action_out_proj(h.to(self.action_out_proj.weight.dtype)).float(), h
 
-    # -- the contract ------------------------------------------------------------------------------------------
-
     def tokens(self, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt token ids and validity [B,T], padded to the longest of the batch."""
+        """Prompt token ids and validity [B,T]."""
         state = normalize(obs["state"].float().cpu(), self.stat("observation.state")).numpy()
         texts = [pi05_prompt(p, s) for p, s in zip(obs["prompt"], state)]
-        rows = [[BOS, *ids][: self.config["max_token_len"]] for ids in self.encode_text(texts)]
-        longest = max(map(len, rows))
-        ids = torch.tensor([r + [PAD] * (longest - len(r)) for r in rows], device=self.device)
-        length = torch.tensor([len(r) for r in rows], device=self.device)
-        return ids, torch.arange(longest, device=self.device) < length[:, None]
+        rows = [[2, *ids][: self.config["max_token_len"]] for ids in self.encode_text(texts)]  # PaliGemma's BOS
+        return self.pad_tokens(rows, "right", 0)
 
     def observe(self, obs: dict, feature: bool) -> Prefix:
         if "prefix_kv" in obs:
-            mask = obs["prefix_mask"].to(self.device)
-            full = bool(mask.all())
-            kv = [layer.unbind(1) for layer in obs["prefix_kv"].to(self.device).unbind(1)]
-            length = mask.sum(1)[:1] if full else mask.sum(1)
-            return Prefix(kv, None if full else mask, length, obs["prefix_feature"].to(self.device))
+            kv, mask, mean = (obs[f"prefix_{k}"].to(self.device) for k in ("kv", "mask", "feature"))
+            return Prefix([layer.unbind(1) for layer in kv.unbind(1)], None if mask.all() else mask, mean)
         image = obs["image"].to(self.device)
-        image = image[:, None] if image.ndim == 4 else image
-        B, N = image.shape[:2]
+        image = (image[:, None] if image.ndim == 4 else image).transpose(0, 1)
+        present = obs["image_mask"].T.to(self.device) if "image_mask" in obs else image.new_ones(image.shape[:2]).bool()
         size = self.config["vision"]["image_size"]
-        image = resize(image.transpose(0, 1).flatten(0, 1), size, pad=True, how=Image.Resampling.BILINEAR)
-        image = (image.permute(0, 3, 1, 2).float() / 255 * 2 - 1).unflatten(0, (N, B))
-        present = obs["image_mask"].T.to(self.device) if "image_mask" in obs else image.new_ones(N, B).bool()
-        with torch.no_grad() if self.frozen_prefix else nullcontext():
-            return self.prefix(*self.embed_prefix(image, present, *self.tokens(obs)), feature)
+        pixels = resize(image.flatten(0, 1), size, pad=True, how=Image.Resampling.BILINEAR)
+        pixels = (pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1).unflatten(0, image.shape[:2])
+        with self.prefix_grad():
+            return self.prefix(*self.embed_prefix(pixels, present, *self.tokens(obs)), feature)
 
     @torch.no_grad()
     def encode(self, obs: dict) -> dict:
@@ -631,22 +575,14 @@ class Pi05(Policy):
         action = F.pad(action, (0, self.action_dim - action.shape[-1]))[:, None]
         B, K = len(action), self.config["loss_draws"]
         noise = torch.randn(B, K, *action.shape[2:], device=self.device)
-        # Beta(1.5, 1) by its inverse CDF, squeezed off t = 0
-        t = torch.rand(B, K, device=self.device) ** (1 / 1.5) * 0.999 + 0.001
+        t = torch.rand(B, K, device=self.device) ** (1 / 1.5) * 0.999 + 0.001  # Beta(1.5, 1), squeezed off t = 0
         loss = self.flow_loss(action, noise, t, self.observe(batch, feature=False)).mean((1, 3))
-        keep = ~batch["action_is_pad"].to(self.device)
-        loss = (loss * keep).sum(1) / keep.sum(1).clamp(min=1)
-        return loss.mean() if reduce else loss
+        return masked_mean(loss, ~batch["action_is_pad"].to(self.device), reduce)
 
     def flow_loss(self, action, noise, t, prefix) -> torch.Tensor:
         """Squared error of the velocity [B,K,H,D], unreduced; t = 1 is noise."""
         s = t[..., None, None]
         return (noise - action - self.velocity(s * noise + (1 - s) * action, t, prefix)[0]).square()
-
-    def flow_std(self, feature: torch.Tensor) -> torch.Tensor:
-        """The learned exploration std, log-squashed between the bounds of noise_std, in normalised action units."""
-        low, high = (math.log(s) for s in self.noise_std)
-        return (low + (high - low) * (self.noise_head(feature).tanh() + 1) / 2).exp()
 
     @property
     def live(self) -> list[int]:
@@ -655,9 +591,14 @@ class Pi05(Policy):
         return [i for i, (low, high) in enumerate(zip(stats["q01"], stats["q99"])) if high > low]
 
     def sampled(self, x: torch.Tensor) -> torch.Tensor:
-        """The part of [...,H,D] that is executed and moves something; only it is explored, so the log-probability
-        below is exact."""
+        """The part of [...,H,D] that is executed and moves something: only it is explored, so log-probabilities are
+        exact."""
         return x[..., : self.chunk, :][..., self.live]
+
+    def flow_std(self, feature: torch.Tensor) -> torch.Tensor:
+        """The learned exploration std, log-squashed between the bounds of noise_std, in normalised action units."""
+        low, high = (math.log(s) for s in self.noise_std)
+        return self.sampled((low + (high - low) * (self.noise_head(feature).tanh() + 1) / 2).exp())
 
     def chain_logprob(self, chain: torch.Tensor, prefix: Prefix):
         """A denoising chain [B,K+1,H,D] -> log-probability [B], joint over its K+1 Gaussians (the initial noise
@@ -665,7 +606,7 @@ class Pi05(Policy):
         RLinf's joint_logprob)."""
         K = chain.shape[1] - 1
         v, feature = self.velocity(chain[:, :-1], 1 - torch.arange(K, device=chain.device)[None] / K, prefix)
-        mean, std = self.sampled(chain[:, :-1] - v / K), self.sampled(self.flow_std(feature))
+        mean, std = self.sampled(chain[:, :-1] - v / K), self.flow_std(feature)
         start, nxt = self.sampled(chain[:, 0]), self.sampled(chain[:, 1:])
         logprob = (-((nxt - mean) / std).square() / 2 - std.log()).sum((1, 2, 3)) - start.square().sum((1, 2)) / 2
         dims = (K + 1) * start[0].numel()
@@ -680,7 +621,7 @@ class Pi05(Policy):
             v, feature = self.velocity(x[:, None], t[:, k : k + 1], prefix)
             x = x - v[:, 0] / steps
             if sample:
-                std = self.sampled(self.flow_std(feature[:, 0]))
+                std = self.flow_std(feature[:, 0])
                 x[:, : self.chunk][..., self.live] += std * torch.randn_like(std)
             chain.append(x)
         return torch.stack(chain, 1)
@@ -689,13 +630,13 @@ class Pi05(Policy):
     def act(self, obs: dict, sample: bool) -> Decision:
         """Denoise from Gaussian noise (torch's global generator); sample=True explores with Flow-Noise and records the
         log-probability through the same batched pass as `evaluate`, so that their ratio is exactly 1."""
-        prefix = self.observe(obs, feature=True)
+        prefix, stats = self.observe(obs, feature=True), self.stat("action")
         noise = torch.randn(len(prefix.feature), self.horizon, self.action_dim, device=self.device)
         chain = self.denoise(noise, prefix, self.num_steps, sample)
         value = self.value_head(prefix.feature).squeeze(-1)
         logprob = self.chain_logprob(chain, prefix)[0] if sample else torch.zeros_like(value)
-        return Decision(unnormalize(chain[:, -1, : self.chunk, : len(self.stat("action")["q01"])], self.stat("action")), chain,
-                        logprob, value)
+        actions = chain[:, -1, : self.chunk, : len(stats["q01"])]
+        return Decision(unnormalize(actions, stats), chain, logprob, value)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:
@@ -721,28 +662,27 @@ class ViTBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
         self.attn = box(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim))
         self.mlp = box(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim))
-        if scaled:
-            self.ls1, self.ls2 = box(), box()
-            self.ls1.scale_factor, self.ls2.scale_factor = (nn.Parameter(torch.ones(dim)) for _ in range(2))
+        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scaled else {}) for _ in range(2))
 
     def forward(self, x):
         q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        x = x + (y * self.ls1.scale_factor if hasattr(self, "ls1") else y)
+        x = x + (y * self.ls1.scale_factor if self.ls1 else y)
         y = self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
-        return x + (y * self.ls2.scale_factor if hasattr(self, "ls2") else y)
+        return x + (y * self.ls2.scale_factor if self.ls2 else y)
 
 
 def vit(cfg: dict, size: int, patch: int) -> nn.ModuleDict:
     """DINOv2 with registers, or (without "reg_tokens") SigLIP; the latter's unused pooling head included."""
-    dim, hidden, dino = cfg["embed_dim"], cfg["mlp_hidden"], bool(cfg.get("reg_tokens"))
+    dim, hidden, registers = cfg["embed_dim"], cfg["mlp_hidden"], cfg.get("reg_tokens")
     tower = box(patch_embed=box(proj=nn.Conv2d(3, dim, patch, patch)),
-                blocks=nn.ModuleList(ViTBlock(dim, cfg["num_heads"], hidden, dino) for _ in range(cfg["depth"])),
+                blocks=nn.ModuleList(ViTBlock(dim, cfg["num_heads"], hidden, bool(registers))
+                                     for _ in range(cfg["depth"])),
                 norm=nn.LayerNorm(dim, 1e-6))
     tower.pos_embed = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
-    if dino:
+    if registers:
         tower.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        tower.reg_token = nn.Parameter(torch.zeros(1, cfg["reg_tokens"], dim))
+        tower.reg_token = nn.Parameter(torch.zeros(1, registers, dim))
     else:
         tower["attn_pool"] = box(q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim),
                                  norm=nn.LayerNorm(dim, 1e-6),
@@ -755,11 +695,12 @@ class OpenVLA(Policy):
     """OpenVLA (arXiv 2406.09246): fused DINOv2 and SigLIP patches after BOS, Llama, 7 action tokens an action. RL as in
     RL4VLA and RLinf: everything is about the softmax over the 256 action tokens only. Predicts `chunk` actions."""
 
-    FROZEN = ("vision_backbone.", "projector.")
-    TOKENIZER = "openvla/openvla-7b"
+    LAYOUTS, TOKENIZER = ("openvla",), "openvla/openvla-7b"
+    FROZEN, FLOAT32 = ("vision_backbone.", "projector."), HEADS
     # ImageNet's and SigLIP's constants, rounded to bfloat16 as the released processor has them
     MEAN = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
     STD = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
+    EDGES = torch.linspace(-1, 1, 256, dtype=torch.float64)
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__(config, stats, tokenizer)
@@ -783,50 +724,45 @@ class OpenVLA(Policy):
 
     def init_scratch(self) -> None:
         """Initial weights of a new model; ordered bins get smooth embeddings and output rows."""
-        model = self.language_model.model
-        nn.init.normal_(model.embed_tokens.weight, std=0.5)
+        words = self.language_model.model.embed_tokens.weight
+        nn.init.normal_(words, std=0.5)
         for name, m in self.language_model.named_modules():
             if isinstance(m, nn.Linear):
                 m.reset_parameters()
                 if name.endswith(("q_proj", "k_proj")):
                     m.weight.mul_(2)
-        for weight in (model.embed_tokens.weight, self.language_model.lm_head.weight):
+        for weight in (words, self.language_model.lm_head.weight):
             init_numbers(weight, list(range(self.vocab - 256, self.vocab)))
-
-    # -- the model ---------------------------------------------------------------------------------------------
 
     def embed_patches(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [B,H,W,3] -> projected patches [B,P,width]"""
-        size = self.config["image_size"]
-        image = resize(image.to(self.device), size, pad=False, how=Image.Resampling.BICUBIC)
+        image = resize(image.to(self.device), self.config["image_size"], pad=False, how=Image.Resampling.BICUBIC)
         image = image.permute(0, 3, 1, 2).float() / 255
         mean, std = (image.new_tensor(c)[:, :, None, None] for c in (self.MEAN, self.STD))
-        return self.project((image - mean[0]) / std[0], (image - mean[1]) / std[1])
+        return self.project(*((image - m) / s for m, s in zip(mean, std)))
 
     def project(self, *images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B,3,S,S] for DINOv2 and for SigLIP -> projected patches [B,P,width]; the features are
         those of the second-to-last block, without a norm."""
-        features = []
+        features, p = [], self.projector
         for tower, x in zip((self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer), images):
             x = tower.patch_embed.proj(x.to(tower.pos_embed.dtype)).flatten(2).transpose(1, 2) + tower.pos_embed
-            extra = 0
+            patches = x.shape[1]
             if hasattr(tower, "cls_token"):
-                extra = 1 + tower.reg_token.shape[1]
-                x = torch.cat([tower.cls_token.expand(len(x), -1, -1), tower.reg_token.expand(len(x), -1, -1), x], 1)
+                x = torch.cat([*(t.expand(len(x), -1, -1) for t in (tower.cls_token, tower.reg_token)), x], 1)
             for block in tower.blocks[:-1]:
                 x = self.run(block, x)
-            features.append(x[:, extra:])
-        p = self.projector
+            features.append(x[:, -patches:])
         return p.fc3(F.gelu(p.fc2(F.gelu(p.fc1(torch.cat(features, -1))))))
 
     def hidden(self, patches, ids, mask, cache: bool = False):
         """Llama on [BOS, patches, the rest of ids [B,T]] where mask [B,T] is True; padding lies before the prompt, so
-        the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm)."""
-        x = self.language_model.model.embed_tokens(ids)
+        the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm), its mask."""
+        model = self.language_model.model
+        x = model.embed_tokens(ids)
         x = torch.cat([x[:, :1], patches.to(x.dtype), x[:, 1:]], 1)
         mask = torch.cat([mask[:, :1], mask.new_ones(patches.shape[:2]), mask[:, 1:]], 1)
         mask, position = (None, None) if mask.all() else (mask.long(), mask.cumsum(1) - 1)
-        model = self.language_model.model
         for layer in model.layers:  # not while decoding: it would drop the cache
             layer.gradient_checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
@@ -839,43 +775,40 @@ class OpenVLA(Policy):
 
     def to_tokens(self, actions: torch.Tensor) -> torch.Tensor:
         """Normalised actions [...,7] -> token ids: 256 edges on [-1,1], the bin number counted from the end of V."""
-        edges = torch.linspace(-1, 1, 256, dtype=torch.float64, device=actions.device)
-        return self.vocab - torch.bucketize(actions.double().clamp(-1, 1), edges, right=True)
+        return self.vocab - torch.bucketize(actions.double().clamp(-1, 1), self.EDGES.to(actions.device), right=True)
 
     def to_actions(self, ids: torch.Tensor) -> torch.Tensor:
         """Token ids -> normalised actions: the bins' centres; out-of-range ids are clipped."""
-        edges = torch.linspace(-1, 1, 256, dtype=torch.float64, device=ids.device)
-        return ((edges[1:] + edges[:-1]) / 2)[(self.vocab - ids - 1).clamp(0, 254)]
-
-    # -- the contract ------------------------------------------------------------------------------------------
+        centres = ((self.EDGES[1:] + self.EDGES[:-1]) / 2).to(ids.device)
+        return centres[(self.vocab - ids - 1).clamp(0, 254)]
 
     def prompt(self, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """ids and validity [B,T]: BOS, padding to the longest of the batch, prompt, the lone blank before actions."""
         texts = [f"In: What action should the robot take to {p.lower()}?\nOut:" for p in obs["prompt"]]
         rows = [[*ids, self.config["empty_token_id"]] for ids in self.encode_text(texts)]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[self.config["bos_token_id"]] + [self.config["pad_token_id"]] * (longest - len(r)) + r
-                            for r in rows], device=self.device)
-        length = torch.tensor([len(r) for r in rows], device=self.device)
-        mask = torch.arange(longest, device=self.device) >= longest - length[:, None]
-        return ids, F.pad(mask, (1, 0), value=True)
+        ids, mask = self.pad_tokens(rows, "left", self.config["pad_token_id"])
+        return F.pad(ids, (1, 0), value=self.config["bos_token_id"]), F.pad(mask, (1, 0), value=True)
+
+    def patches(self, obs: dict) -> torch.Tensor:
+        if "patches" in obs:
+            return obs["patches"].to(self.device)
+        with self.prefix_grad():
+            return self.embed_patches(obs["image"])
 
     @torch.no_grad()
     def encode(self, obs: dict) -> dict:
         """obs plus the frozen towers' output: patches [B,P,width]."""
         return {**obs, "patches": self.patches(obs)} if self.frozen_prefix else obs
 
-    def patches(self, obs: dict) -> torch.Tensor:
-        if "patches" in obs:
-            return obs["patches"].to(self.device)
-        with torch.no_grad() if self.frozen_prefix else nullcontext():
-            return self.embed_patches(obs["image"])
-
     def teacher_forced(self, obs: dict, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [B,n+1,width] that predict tokens [B,n] and what follows them."""
         ids, mask = self.prompt(obs)
         ids, mask = torch.cat([ids, tokens], 1), F.pad(mask, (0, tokens.shape[1]), value=True)
         return self.hidden(self.patches(obs), ids, mask)[0].last_hidden_state[:, -tokens.shape[1] - 1 :]
+
+    def masked(self, actions: torch.Tensor) -> torch.Tensor:
+        """[7] True where statistics normalise; not the gripper of published ones, 0 closed .. 1 open there."""
+        return torch.tensor(self.stat("action").get("mask", [True] * actions.shape[-1]), device=actions.device)
 
     def sft_loss(self, batch: dict, reduce: bool = True) -> torch.Tensor:
         """Token cross-entropy over the whole vocabulary, the mean over the unpadded actions' tokens (and the end token
@@ -888,43 +821,33 @@ class OpenVLA(Policy):
     def token_loss(self, obs: dict, target, keep, reduce: bool = True) -> torch.Tensor:
         """Cross-entropy of target tokens [B,n] where keep [B,n]."""
         if self.config["predict_stop_token"]:
-            hidden = self.teacher_forced(obs, target)
             target, keep = F.pad(target, (0, 1), value=self.config["eos_token_id"]), F.pad(keep, (0, 1), value=True)
-        else:
-            hidden = self.teacher_forced(obs, target[:, :-1])
-        logits = self.language_model.lm_head(hidden).float()
+        logits = self.language_model.lm_head(self.teacher_forced(obs, target[:, :-1])).float()
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
-        loss = (loss * keep).sum(1) / keep.sum(1).clamp(min=1)
-        return loss.mean() if reduce else loss
+        return masked_mean(loss, keep, reduce)
 
     @torch.no_grad()
     def act(self, obs: dict, sample: bool) -> Decision:
         """Decode `chunk` actions with the key-value cache: sampled from the action tokens' softmax, or greedily. The
         log-probability comes from `evaluate` itself, so that their ratio is exactly 1 in any precision."""
         obs = {**obs, "patches": self.patches(obs)}
-        ids, mask = self.prompt(obs)
-        out, mask = self.hidden(obs["patches"], ids, mask, cache=True)
+        out, mask = self.hidden(obs["patches"], *self.prompt(obs), cache=True)
         value, tokens = self.value_head(out.last_hidden_state[:, -1].float()).squeeze(-1), []
-        for i in range(n := self.chunk * self.tokens_per_action):
-            logits = self.action_logits(out.last_hidden_state[:, -1])
-            pick = torch.multinomial(logits.softmax(-1), 1) if sample else logits.argmax(-1, keepdim=True)
-            tokens.append(self.vocab - 256 + pick)
-            if i < n - 1:
+        while len(tokens) < self.chunk * self.tokens_per_action:
+            if tokens:
                 mask = None if mask is None else F.pad(mask, (0, 1), value=1)
                 position = None if mask is None else mask.sum(1, keepdim=True) - 1
                 out = self.language_model.model(tokens[-1], attention_mask=mask, position_ids=position, use_cache=True,
                                                 past_key_values=out.past_key_values)
-        tokens = torch.cat(tokens, 1)
-        logprob = torch.zeros_like(value)
+            logits = self.action_logits(out.last_hidden_state[:, -1])
+            pick = torch.multinomial(logits.softmax(-1), 1) if sample else logits.argmax(-1, keepdim=True)
+            tokens.append(self.vocab - 256 + pick)
+        tokens, logprob = torch.cat(tokens, 1), torch.zeros_like(value)
         if sample:
             logprob, _, value = self.evaluate(obs, tokens)
         raw, stats = self.to_actions(tokens).unflatten(1, (self.chunk, -1)), self.stat("action")
         actions = torch.where(self.masked(raw), unnormalize(raw, stats, 0), (raw > 0.5).to(raw) * 2 - 1)
         return Decision(actions.float(), tokens, logprob, value)
-
-    def masked(self, actions: torch.Tensor) -> torch.Tensor:
-        """[7] True where statistics normalise; not the gripper of published ones, 0 closed .. 1 open there."""
-        return torch.tensor(self.stat("action").get("mask", [True] * actions.shape[-1]), device=actions.device)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:
@@ -944,6 +867,24 @@ class OpenVLA(Policy):
 
 # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+OPENPI_STATS = {"observation.state": "state", "action": "actions"}
+OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+LEROBOT_CONFIG = {"chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
+                  "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
+OPENVLA_CONFIG = {
+    "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "n_action_bins": 256,
+    "arch_specifier": "no-align+fused-gelu-mlp", "output_projector_states": False, "llm_max_length": 2048,
+    "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
+                 "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
+    "vision_backbone_id": "dinosiglip-vit-so224px", "llm_backbone_id": "llama2-7b-pure",
+    "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
+}
+RENAMES = ((r"^model\.(?=paligemma_with_expert|action_|time_mlp)", ""),  # lerobot
+           (r"^value_head\.mlp\.", "value_head."),  # RLinf
+           (r"^value_head\.head_l(\d)", lambda m: f"value_head.{2 * int(m[1]) - 2}"),  # RL4VLA
+           (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1", lambda m: f"noise_head.{2 * int(m[1])}"))
+
+
 def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
                 **overrides) -> Policy:
     """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
@@ -952,17 +893,15 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
     (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics). FileNotFoundError or
     ValueError say in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
     if preset := str(name) in PRESETS:
-        folder, tensors, config, tokenizer = None, {}, PRESETS[str(name)], small_tokenizer()
+        config, tokenizer = PRESETS[str(name)], small_tokenizer()
     else:
         folder = Path(name)
         if not folder.is_dir():
             try:
-                if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
-                    raise FileNotFoundError("it is not a Hub name either")
-                files = ["*.safetensors*", "*.json", "*.py", "*.model"]
-                folder = Path(snapshot_download(str(name), allow_patterns=files))
+                folder = Path(snapshot_download(str(name), allow_patterns=["*.safetensors*", "*.json", "*.py", "*.model"]))
             except Exception as error:
-                raise FileNotFoundError(f"{name} is no preset ({', '.join(PRESETS)}) and no folder; {error}") from None
+                raise FileNotFoundError(f"{name} is no preset ({', '.join(PRESETS)}) and no folder, and the Hub gives "
+                                        f"no such model ({type(error).__name__})") from None
         tensors = read_tensors(folder)
         config, file = read_config(folder, tensors), folder / "tokenizer.json"
         tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
@@ -979,7 +918,7 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
         with torch.no_grad():
             policy.init_scratch()
     for n, p in policy.named_parameters():
-        p.data = p.data if dtype is None or any(f in n for f in policy.FLOAT32) else p.data.to(dtype)
+        p.data = p.data.to(policy.device, policy.dtype_of(n, dtype))
     return policy
 
 
@@ -987,12 +926,12 @@ def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) 
     """Put checkpoint tensors into a policy on the meta device, one at a time and without a second copy."""
     if any("lora_" in k for k in tensors):
         policy.add_lora()
-        tensors = {re.sub(r"\.(?=(weight|bias)$)", ".base_layer.", k) if k.rsplit(".", 1)[0] in policy.lora_layers()
-                   else k: v for k, v in tensors.items()}
-    if LM_HEAD in tensors or EMBED in tensors:
+    adapted = policy.lora_layers()
+    owners = {k: k.rpartition(".")[0] for k in tensors}
+    tensors = {k.replace(owner, f"{owner}.base_layer") if (owner := owners[k]) in adapted else k: v
+               for k, v in tensors.items()}
+    if pi05 := isinstance(policy, Pi05):
         tensors = {LM_HEAD: tensors.get(EMBED), EMBED: tensors.get(LM_HEAD), **tensors}
-        if not (tied := torch.equal(tensors[LM_HEAD], tensors[EMBED])):
-            policy.paligemma_with_expert.paligemma.lm_head.weight = nn.Parameter(tensors[LM_HEAD].to("meta"))
     want = policy.state_dict()
     fresh = {k for k in want if k.startswith(HEADS) and k not in tensors}  # published checkpoints have none
     problems = {"missing": [k for k in want if k not in tensors and k not in fresh],
@@ -1002,18 +941,17 @@ def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) 
     if any(problems.values()):
         raise ValueError(f"{policy.source} does not fit its configuration: "
                          + "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v))
-    if LM_HEAD in want and tied:
+    if tied := pi05 and torch.equal(tensors[LM_HEAD], tensors[EMBED]):
         del tensors[LM_HEAD]
     for k, v in tensors.items():  # copied: file mappings are not aligned as CPU kernels want, and files change
-        wide = k.startswith(HEADS) or "lora_" in k or (dtype and any(f in k for f in policy.FLOAT32))
-        tensors[k] = v.to(device, torch.float32 if wide else dtype, copy=True)
+        tensors[k] = v.to(device, policy.dtype_of(k, dtype), copy=True)
     policy.load_state_dict(tensors, strict=False, assign=True)
-    if LM_HEAD in want and tied:
-        policy.tie()
     for name, m in policy.named_modules():
         if f"{name}.weight" in fresh:
             m.to_empty(device=device).reset_parameters()
-    if isinstance(policy, OpenVLA):  # its rotary frequencies are in no checkpoint
+    if tied:
+        policy.tie()
+    if not pi05:  # its rotary frequencies are in no checkpoint
         policy.language_model.model.rotary_emb = LlamaRotaryEmbedding(policy.llama).to(device)
 
 
@@ -1028,11 +966,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
     if not tensors:
         raise FileNotFoundError(f"{folder} has no *.safetensors file: it is no checkpoint")
-    renames = ((r"^model\.(?=paligemma_with_expert|action_|time_mlp)", ""),  # lerobot
-               (r"^value_head\.mlp\.", "value_head."),  # RLinf
-               (r"^value_head\.head_l(\d)", lambda m: f"value_head.{2 * int(m[1]) - 2}"),  # RL4VLA
-               (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1", lambda m: f"noise_head.{2 * int(m[1])}"))
-    for pattern, to in renames:
+    for pattern, to in RENAMES:
         tensors = {re.sub(pattern, to, k): v for k, v in tensors.items()}
     return {k: v for k, v in tensors.items() if not k.startswith("noise_head.logvar_")}  # ours: config's noise_std
 
@@ -1044,24 +978,20 @@ def read_config(folder: Path, tensors: dict) -> dict:
         raw = json.loads(files[0].read_text()) if files else {}
     except ValueError as error:
         raise ValueError(f"{files[0]} is no JSON ({error})") from None
-    if EMBED in tensors or LM_HEAD in tensors:
-        config = {**PRESETS["pi05"], "lora": [0, 0]}
-        if "vision" not in raw and any(raw.get(k, v) != v for k, v in OPENPI_CONFIG.items()):
-            raise ValueError(f"{files[0]}: sizes are known for {OPENPI_CONFIG} only")
-        config |= {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
-        vocab = len(tensors[EMBED] if EMBED in tensors else tensors[LM_HEAD])
-        raw["vlm"] = {**raw.get("vlm", config["vlm"]), "vocab_size": vocab}
-        extra = ("min_period", "max_period")
+    if (words := tensors.get(EMBED, tensors.get(LM_HEAD))) is not None:
+        config, extra = PRESETS["pi05"], ("min_period", "max_period")
+        raw |= {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
+        raw["vlm"] = {**raw.get("vlm", config["vlm"]), "vocab_size": len(words)}
     elif "projector.fc1.weight" in tensors:
         config, extra = PRESETS["openvla-7b"], ("norm_stats", "unnorm_key")
         if (text := raw.get("text_config")) and "llm" not in raw:
             theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
-            raw["llm"] = {**config["llm"], **{k: text[k] for k in config["llm"] if k in text}, "rope_theta": theta}
+            raw["llm"] = {**config["llm"], **text, "rope_theta": theta}
             raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
         raw["llm"] = {k: v for k, v in raw.get("llm", config["llm"]).items() if k in config["llm"]}
     else:
         raise ValueError(f"{folder} is neither pi0.5 (no {LM_HEAD}) nor OpenVLA (no projector.fc1.weight)")
-    config = {**config, **{k: v for k, v in raw.items() if (k in config or k in extra) and k != "type"}}
+    config = {**config, **{k: v for k, v in raw.items() if k in (*config, *extra)}, "type": config["type"]}
     hidden = [len(v) for k, v in sorted(tensors.items()) if re.fullmatch(r"value_head\.\d\.weight", k)]
     return {**config, "value_hidden": hidden[:-1] or config["value_hidden"],
             "chunk": min(config["chunk"], config["action_horizon"])}
@@ -1085,17 +1015,40 @@ def read_stats(folder: Path, config: dict) -> dict | None:
     return stats or ({"action": sets[key]["action"]} if key else None)
 
 
-def lerobot_config(policy: Pi05, put) -> dict:
+def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> tuple[dict, dict]:
+    """Weights and config.json as others' code wants them; writes the statistics where it looks for them."""
+    config, stats = policy.config, policy.stats or {}
+    if config["type"] == "openvla":
+        ours = {config.get("unnorm_key") or "rlco": {"action": stats["action"]}} if "action" in stats else {}
+        return tensors, {
+            **OPENVLA_CONFIG, **config, "norm_stats": {**(config.get("norm_stats") or {}), **ours},
+            "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
+            "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
+    tied = tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr()
+    if layout == "lerobot":
+        put(folder / "rlco.json", config)
+        tensors = {f"model.{k}": v.clone() if k == LM_HEAD and tied else v for k, v in tensors.items()}
+        return tensors, lerobot_config(policy, folder)
+    if tied:
+        del tensors[EMBED]  # openpi's loader wants a tied tensor once, under this name
+    theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
+              for o, t in OPENPI_STATS.items() if o in stats}
+    for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
+        put(file, {"norm_stats": theirs})
+    return tensors, {**OPENPI_CONFIG, **config}
+
+
+def lerobot_config(policy: Pi05, folder: Path) -> dict:
     """Write lerobot's two processor pipelines, which hold the statistics; returns its config.json."""
-    stats = {k: v for k, v in (policy.stats or {}).items() if k in OPENPI_STATS}
-    size = policy.config["vision"]["image_size"]
+    config, stats = policy.config, {k: v for k, v in (policy.stats or {}).items() if k in OPENPI_STATS}
+    size, dims = config["vision"]["image_size"], {k: len(v["q01"]) for k, v in stats.items()}
     flat = {f"{f}.{k}": torch.tensor(v, dtype=torch.float32) for f, s in stats.items() for k, v in s.items()}
     inputs = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, size, size]}}
     if stats:
-        inputs["observation.state"] = {"type": "STATE", "shape": [len(stats["observation.state"]["q01"])]}
-    outputs = {"action": {"type": "ACTION", "shape": [len(stats["action"]["q01"]) if stats else policy.action_dim]}}
+        inputs["observation.state"] = {"type": "STATE", "shape": [dims["observation.state"]]}
+    outputs = {"action": {"type": "ACTION", "shape": [dims.get("action", policy.action_dim)]}}
     modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
-    text = {"max_length": policy.config["max_token_len"], "task_key": "task", "padding_side": "right",
+    text = {"max_length": config["max_token_len"], "task_key": "task", "padding_side": "right",
             "padding": "max_length", "truncation": True, "tokenizer_name": policy.TOKENIZER}
     device = ("device_processor", {"device": "cpu", "float_dtype": None})
     for name, steps in {
@@ -1108,46 +1061,41 @@ def lerobot_config(policy: Pi05, put) -> dict:
         for i, entry in enumerate(entries):
             if "normalizer" in entry["registry_name"] and flat:
                 entry["state_file"] = f"{name}_step_{i}_{entry['registry_name']}.safetensors"
-                put(entry["state_file"], flat)
-        put(f"{name}.json", {"name": name, "steps": entries})
-    return {"type": "pi05", **OPENPI_CONFIG, **{t: policy.config[o] for t, o in LEROBOT_CONFIG.items()},
+                put(folder / entry["state_file"], flat)
+        put(folder / f"{name}.json", {"name": name, "steps": entries})
+    return {"type": "pi05", **OPENPI_CONFIG, **{t: config[o] for t, o in LEROBOT_CONFIG.items()},
             "image_resolution": [size, size], "normalization_mapping": modes, "input_features": inputs,
             "output_features": outputs}
 
 
 # ---- python policy.py bench -------------------------------------------------------------------------------------
 
-def as_published(policy: Pi05) -> None:
-    """Make a policy compute what it can avoid, with unchanged results."""
-    def observe(obs, feature):
-        ids, mask = Pi05.tokens(policy, obs)
-        pad = (0, policy.config["max_token_len"] - ids.shape[1])
-        image = obs["image"].to(policy.device).permute(0, 3, 1, 2).float() / 255 * 2 - 1
-        patches = policy.embed_images(torch.cat([image, image * 0 - 1, image * 0 - 1])).chunk(3)
-        words = policy.vlm.language_model.embed_tokens(F.pad(ids, pad))
-        there = torch.arange(3, device=policy.device).repeat_interleave(patches[0].shape[1]) == 0
-        return policy.prefix(torch.cat([*patches, words * words.shape[-1] ** 0.5], 1),
-                             torch.cat([there.expand(len(ids), -1), F.pad(mask, pad)], 1), feature)
+class AsPublished(Pi05):
+    """The same numbers, computed as the public PyTorch code does: three cameras of which two are masked, a prompt padded
+    to its limit, a loop over the denoising steps, eager attention on repeated keys."""
 
-    def velocity(x, t, prefix):
-        steps = [Pi05.velocity(policy, x[:, k : k + 1], t[:, k : k + 1], prefix) for k in range(x.shape[1])]
+    def embed_prefix(self, images, image_masks, tokens, token_masks):
+        pad = (0, self.config["max_token_len"] - tokens.shape[1])
+        patches = self.embed_images(torch.cat([images[0], *[-torch.ones_like(images[0])] * 2])).chunk(3)
+        words = self.vlm.language_model.embed_tokens(F.pad(tokens, pad))
+        real = torch.arange(3, device=words.device).repeat_interleave(patches[0].shape[1]) == 0
+        return (torch.cat([*patches, words * words.shape[-1] ** 0.5], 1),
+                torch.cat([real.expand(len(tokens), -1), F.pad(token_masks, pad)], 1))
+
+    def velocity(self, x, t, prefix):
+        steps = [super(AsPublished, self).velocity(x[:, k, None], t[:, k, None], prefix) for k in range(x.shape[1])]
         return tuple(torch.cat(parts, 1) for parts in zip(*steps))
 
-    def eager(q, k, v, mask):
+    @staticmethod
+    def attend(q, k, v, mask):
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
         scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~mask[:, None], -2.3819763e38).softmax(-1, torch.float32).type_as(v)
         return (scores @ v).transpose(1, 2).flatten(2)
 
-    policy.observe, policy.velocity = observe, velocity
-    policy.vlm.vision_tower.vision_model.encoder.config._attn_implementation = "eager"
-    globals()["attend"] = eager
-
 
 def bench(depth: int = 2, batch: int = 2, repeats: int = 3, device: str = "cpu", bf16: bool = False) -> None:
-    """Throughput of pi0.5's PPO update (evaluate and backward), and of the same weights computed as the public PyTorch
-    code does it: three cameras of which two are masked, a 200-token padded prompt, a loop over the denoising steps,
-    eager attention.
+    """Throughput of pi0.5's PPO update (evaluate and backward) here and `AsPublished`, on the same weights.
 
     Args:
         depth: layers kept of each of the three transformers, at full width; 0 keeps all
@@ -1165,9 +1113,8 @@ def bench(depth: int = 2, batch: int = 2, repeats: int = 3, device: str = "cpu",
     obs = {"image": torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8),
            "state": torch.rand(batch, 7) * 2 - 1, "prompt": ["push the cube to the target"] * batch}
     chain, rates = policy.act(obs, sample=True).latent, {}
-    for way in ("here", "as published"):
-        if way == "as published":
-            as_published(policy)
+    for way, policy.__class__, attention in (("here", Pi05, "sdpa"), ("as published", AsPublished, "eager")):
+        policy.vlm.vision_tower.vision_model.encoder.config._attn_implementation = attention
         for train in ("all", "expert"):
             policy.freeze(train)
             for i in range(repeats + 1):  # the first warms up
@@ -1184,8 +1131,6 @@ def bench(depth: int = 2, batch: int = 2, repeats: int = 3, device: str = "cpu",
 
 
 if __name__ == "__main__":
-    import sys
-
     import tyro
     if sys.argv[1:2] != ["bench"]:
         raise SystemExit("usage: python policy.py bench [--help]")
