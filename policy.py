@@ -88,9 +88,6 @@ class Decision(NamedTuple):
 
 # ---- observations and actions -----------------------------------------------------------------------------------
 
-TOKEN_DIM = {"prefix_kv": -2, "prefix_mask": -1}  # cached tensors whose length depends on the prompt
-
-
 def index_obs(obs: dict, idx) -> dict:
     """Rows `idx` (slice, index array or tensor) of an observation or SFT batch."""
     rows = np.arange(len(obs["prompt"]))[idx.cpu().numpy() if torch.is_tensor(idx) else idx]
@@ -103,7 +100,7 @@ def cat_obs(batches: list[dict]) -> dict:
         values = [b[key] for b in batches]
         if isinstance(values[0], list):
             return sum(values, [])
-        if dim := TOKEN_DIM.get(key):
+        if dim := {"prefix_kv": -2, "prefix_mask": -1}.get(key):  # whose length depends on the prompt
             longest = max(v.shape[dim] for v in values)
             values = [F.pad(v, (0, 0) * (-1 - dim) + (0, longest - v.shape[dim])) for v in values]
         return torch.cat(values)
@@ -249,8 +246,6 @@ class Policy(nn.Module):
     def freeze(self, train: str) -> None:
         """What trains besides the heads: "expert": all but what embeds the observation (pi0.5: SigLIP and the VLM;
         OpenVLA: the vision towers and the projector); "lora": low-rank adapters on every linear layer; "all"."""
-        if train not in ("expert", "lora", "all"):
-            raise ValueError(f'what trains is "expert", "lora" or "all", not "{train}"')
         if train == "lora":
             self.add_lora()
         for name, p in self.named_parameters():
@@ -259,7 +254,7 @@ class Policy(nn.Module):
         self.frozen_prefix = train == "expert"
 
     def add_lora(self) -> None:
-        """LoRA (arXiv 2106.09685) in float32 on every linear layer that trains, but the heads."""
+        """LoRA (arXiv 2106.09685) in float32 on every linear layer that a loss reaches, but the heads."""
         if self.lora_layers():
             return
         from peft import LoraConfig, inject_adapter_in_model  # imported here: only full-size fine-tuning needs it
@@ -271,6 +266,7 @@ class Policy(nn.Module):
                 p.data = p.data.float()
 
     def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What a tensor is loaded as when `dtype` is asked for."""
         wide = name.startswith(HEADS) or "lora_" in name or dtype and any(f in name for f in self.FLOAT32)
         return torch.float32 if wide else dtype
 
@@ -282,10 +278,6 @@ class Policy(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *args, use_reentrant=False, **kwargs)
         return layer(*args, **kwargs)
-
-    def prefix_grad(self):
-        """The context in which the prefix is computed: without gradient where it is frozen."""
-        return torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix)
 
     @torch.no_grad()
     def save(self, folder: str | Path, layout: str | None = None) -> None:
@@ -300,11 +292,10 @@ class Policy(nn.Module):
                 w = m.base_layer.weight
                 state[f"{name}.base_layer.weight"] = (w.float() + m.get_delta_weight("default").float()).to(w.dtype)
             state = {k: v for k, v in state.items() if "lora_" not in k}
-            inputs = [f for f in (self.source.rglob("*") if self.source else ())
-                      if f.suffix in (".json", ".py", ".model", ".txt") and folder.resolve() not in f.resolve().parents
-                      and not f.name.endswith((".index.json", "config.json", "rlco.json"))]
-            for file in inputs:
-                put(folder / file.relative_to(self.source), file.read_bytes())
+            for file in sorted(self.source.rglob("*")) if self.source else ():
+                if (file.suffix in (".json", ".py", ".model", ".txt") and folder.resolve() not in file.resolve().parents
+                        and not file.name.endswith((".index.json", "config.json", "rlco.json"))):
+                    put(folder / file.relative_to(self.source), file.read_bytes())
         (folder / "rlco.json").unlink(missing_ok=True)  # lerobot's layout alone has it
         heads = {k: v for k, v in state.items() if k.startswith(HEADS) or "lora_" in k}
         tensors = {k.replace(".base_layer.", "."): v for k, v in state.items() if k not in heads}
@@ -348,8 +339,7 @@ class AdaRMSNorm(nn.Module):
         super().__init__()
         self.eps, self.dense = eps, nn.Linear(width, 3 * width)
         nn.init.zeros_(self.dense.weight)
-        with torch.no_grad():
-            self.dense.bias.copy_(torch.cat([torch.zeros(2 * width), torch.ones(width)]))
+        self.dense.bias.data = torch.cat([torch.zeros(2 * width), torch.ones(width)])
 
     def forward(self, x, cond):
         """x [B,K,H,width], cond [B or 1,K,1,width] -> normed x, gate (float32)"""
@@ -414,8 +404,7 @@ class Pi05(Policy):
         self.tie()
         self.action_in_proj = nn.Linear(self.action_dim, expert["width"])
         self.action_out_proj = nn.Linear(expert["width"], self.action_dim)
-        self.time_mlp_in = nn.Linear(expert["width"], expert["width"])
-        self.time_mlp_out = nn.Linear(expert["width"], expert["width"])
+        self.time_mlp_in, self.time_mlp_out = (nn.Linear(expert["width"], expert["width"]) for _ in range(2))
         self.value_head = mlp([vlm["width"], *config["value_hidden"], 1], nn.ReLU)
         self.noise_head = mlp([expert["width"], 128, 64, self.action_dim], nn.Tanh)
         last = PALIGEMMA + f"model.language_model.layers.{vlm['depth'] - 1}."
@@ -457,19 +446,16 @@ class Pi05(Policy):
         """One Gemma layer of either stream on x [B,...,width], whose inner dimensions are tokens; `past` keys and
         values come first. -> the new x, this layer's own keys and values."""
         attn, B, d = layer.self_attn, len(x), layer.self_attn.head_dim
-
-        def norm(module):
-            return (module(x), 1) if cond is None else module(x, cond)
-
-        h, gate = norm(layer.input_layernorm)
+        plain = cond is None  # the VLM's norms, which have no gate
+        h, gate = (layer.input_layernorm(x), 1) if plain else layer.input_layernorm(x, cond)
         k = rotate(attn.k_proj(h).view(B, -1, attn.config.num_key_value_heads, d), rope).transpose(1, 2)
-        v = attn.v_proj(h).view(B, -1, attn.config.num_key_value_heads, d).transpose(1, 2)
+        v = attn.v_proj(h).view(B, k.shape[2], -1, d).transpose(1, 2)
         if kv_only:
             return None, (k, v)
         q = rotate(attn.q_proj(h).view(B, -1, attn.config.num_attention_heads, d), rope)
         keys, values = (k, v) if past is None else (torch.cat((past[0], k), 2), torch.cat((past[1], v), 2))
         x = (x + gate * attn.o_proj(self.attend(q, keys, values, mask)).view_as(x)).type_as(x)
-        h, gate = norm(layer.post_attention_layernorm)
+        h, gate = (layer.post_attention_layernorm(x), 1) if plain else layer.post_attention_layernorm(x, cond)
         return (x + gate * layer.mlp(h)).type_as(x), (k, v)
 
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -555,7 +541,7 @@ class Pi05(Policy):
         size = self.config["vision"]["image_size"]
         pixels = resize(image.flatten(0, 1), size, pad=True, how=Image.Resampling.BILINEAR)
         pixels = (pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1).unflatten(0, image.shape[:2])
-        with self.prefix_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix):
             return self.prefix(*self.embed_prefix(pixels, present, *self.tokens(obs)), feature)
 
     @torch.no_grad()
@@ -591,8 +577,7 @@ class Pi05(Policy):
         return [i for i, (low, high) in enumerate(zip(stats["q01"], stats["q99"])) if high > low]
 
     def sampled(self, x: torch.Tensor) -> torch.Tensor:
-        """The part of [...,H,D] that is executed and moves something: only it is explored, so log-probabilities are
-        exact."""
+        """The part of [...,H,D] that is executed and moves something; only it is explored and scored."""
         return x[..., : self.chunk, :][..., self.live]
 
     def flow_std(self, feature: torch.Tensor) -> torch.Tensor:
@@ -628,8 +613,8 @@ class Pi05(Policy):
 
     @torch.no_grad()
     def act(self, obs: dict, sample: bool) -> Decision:
-        """Denoise from Gaussian noise (torch's global generator); sample=True explores with Flow-Noise and records the
-        log-probability through the same batched pass as `evaluate`, so that their ratio is exactly 1."""
+        """Denoise from Gaussian noise; sample=True explores with Flow-Noise and takes the log-probability from the same
+        batched pass as `evaluate`, so that their ratio is exactly 1."""
         prefix, stats = self.observe(obs, feature=True), self.stat("action")
         noise = torch.randn(len(prefix.feature), self.horizon, self.action_dim, device=self.device)
         chain = self.denoise(noise, prefix, self.num_steps, sample)
@@ -757,7 +742,7 @@ class OpenVLA(Policy):
 
     def hidden(self, patches, ids, mask, cache: bool = False):
         """Llama on [BOS, patches, the rest of ids [B,T]] where mask [B,T] is True; padding lies before the prompt, so
-        the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm), its mask."""
+        the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm), mask."""
         model = self.language_model.model
         x = model.embed_tokens(ids)
         x = torch.cat([x[:, :1], patches.to(x.dtype), x[:, 1:]], 1)
@@ -792,7 +777,7 @@ class OpenVLA(Policy):
     def patches(self, obs: dict) -> torch.Tensor:
         if "patches" in obs:
             return obs["patches"].to(self.device)
-        with self.prefix_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix):
             return self.embed_patches(obs["image"])
 
     @torch.no_grad()
@@ -876,7 +861,7 @@ OPENVLA_CONFIG = {
     "arch_specifier": "no-align+fused-gelu-mlp", "output_projector_states": False, "llm_max_length": 2048,
     "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
                  "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
-    "vision_backbone_id": "dinosiglip-vit-so224px", "llm_backbone_id": "llama2-7b-pure",
+    "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
     "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
 }
 RENAMES = ((r"^model\.(?=paligemma_with_expert|action_|time_mlp)", ""),  # lerobot
@@ -898,7 +883,8 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
         folder = Path(name)
         if not folder.is_dir():
             try:
-                folder = Path(snapshot_download(str(name), allow_patterns=["*.safetensors*", "*.json", "*.py", "*.model"]))
+                files = ["*.safetensors*", "*.json", "*.py", "*.model"]
+                folder = Path(snapshot_download(str(name), allow_patterns=files))
             except Exception as error:
                 raise FileNotFoundError(f"{name} is no preset ({', '.join(PRESETS)}) and no folder, and the Hub gives "
                                         f"no such model ({type(error).__name__})") from None
@@ -926,10 +912,10 @@ def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) 
     """Put checkpoint tensors into a policy on the meta device, one at a time and without a second copy."""
     if any("lora_" in k for k in tensors):
         policy.add_lora()
-    adapted = policy.lora_layers()
-    owners = {k: k.rpartition(".")[0] for k in tensors}
-    tensors = {k.replace(owner, f"{owner}.base_layer") if (owner := owners[k]) in adapted else k: v
-               for k, v in tensors.items()}
+    for owner in policy.lora_layers():
+        for leaf in ("weight", "bias"):
+            if f"{owner}.{leaf}" in tensors:
+                tensors[f"{owner}.base_layer.{leaf}"] = tensors.pop(f"{owner}.{leaf}")
     if pi05 := isinstance(policy, Pi05):
         tensors = {LM_HEAD: tensors.get(EMBED), EMBED: tensors.get(LM_HEAD), **tensors}
     want = policy.state_dict()
@@ -1071,8 +1057,8 @@ def lerobot_config(policy: Pi05, folder: Path) -> dict:
 # ---- python policy.py bench -------------------------------------------------------------------------------------
 
 class AsPublished(Pi05):
-    """The same numbers, computed as the public PyTorch code does: three cameras of which two are masked, a prompt padded
-    to its limit, a loop over the denoising steps, eager attention on repeated keys."""
+    """The same numbers, computed as the public PyTorch code does: three cameras of which two are masked, a prompt
+    padded to its limit, a loop over the denoising steps, eager attention on repeated keys."""
 
     def embed_prefix(self, images, image_masks, tokens, token_masks):
         pad = (0, self.config["max_token_len"] - tokens.shape[1])
