@@ -18,8 +18,10 @@ test: setup
 SEEDS := 1 2
 BETAS := 0 0.2 1
 CELL = export OMP_NUM_THREADS=1; $(PY) $(1) --seed $* --out $(@D) && touch $@
-runs/real-s%/done: ; $(call CELL,train_sft.py --alpha 0)
-runs/sft-s%/done: ; $(call CELL,train_sft.py)
+DEMOS := demos/push_cube-standin-val
+$(DEMOS): | setup ; $(PY) data.py
+runs/real-s%/done: | $(DEMOS) ; $(call CELL,train_sft.py --alpha 0)
+runs/sft-s%/done: | $(DEMOS) ; $(call CELL,train_sft.py)
 define STAGE2
 runs/expert-$(1)-s%/done: runs/sft-s%/done ; $$(call CELL,train_rlco.py --policy runs/sft-s$$*/best --beta $(1))
 runs/all-$(1)-s%/done: runs/sft-s%/done ; $$(call CELL,train_rlco.py --policy runs/sft-s$$*/best --beta $(1) --train all --lr 2e-5)

@@ -890,7 +890,10 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
                                         f"no such model ({type(error).__name__})") from None
         tensors = read_tensors(folder)
         config, file = read_config(folder, tensors), folder / "tokenizer.json"
-        tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
+        try:
+            tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
+        except Exception as error:  # the library has no narrower one
+            raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
     if unknown := set(overrides) - set(config) - {"unnorm_key"}:
         raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(config))}")
     config = {**config, **overrides}
@@ -957,11 +960,18 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for k, v in tensors.items() if not k.startswith("noise_head.logvar_")}  # ours: config's noise_std
 
 
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
+
+
 def read_config(folder: Path, tensors: dict) -> dict:
     """Our settings from any layout's config; the family is told by the key names."""
     files = [f for f in (folder / "rlco.json", folder / "config.json", *folder.glob("*_config.json")) if f.is_file()]
     try:
-        raw = json.loads(files[0].read_text()) if files else {}
+        raw = read_json(files[0]) if files else {}
     except ValueError as error:
         raise ValueError(f"{files[0]} is no JSON ({error})") from None
     if (words := tensors.get(EMBED, tensors.get(LM_HEAD))) is not None:
@@ -986,13 +996,13 @@ def read_config(folder: Path, tensors: dict) -> dict:
 def read_stats(folder: Path, config: dict) -> dict | None:
     """Statistics in LeRobot's form from whichever file the layout keeps them in."""
     if (file := folder / "stats.json").is_file():
-        return json.loads(file.read_text())
+        return read_json(file)
     stats = {}
     for file in sorted(folder.glob("policy_preprocessor*.safetensors")):  # lerobot
         for key, value in load_file(file).items():
             stats.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value.flatten().tolist()
     for file in sorted(folder.glob("**/norm_stats.json"))[:1]:  # openpi, RLinf
-        theirs = json.loads(file.read_text())["norm_stats"]
+        theirs = read_json(file)["norm_stats"]
         stats |= {o: theirs[t] for o, t in OPENPI_STATS.items() if t in theirs}
     sets = config.get("norm_stats") or {}  # OpenVLA
     key = config.get("unnorm_key") or (next(iter(sets)) if len(sets) == 1 else None)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -573,3 +574,13 @@ def test_clear_errors(tmp_path):
     save_file(tensors, tmp_path / "ok/model.safetensors")
     with pytest.raises(ValueError, match="config.json is no JSON"):
         P.load_policy(tmp_path / "ok")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "stats.json", "tokenizer.json"])
+def test_a_corrupt_file_is_named_in_one_line(name, tmp_path):
+    P.load_policy("tiny-pi05", stats={}).save(tmp_path)
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[:-9] if name != "stats.json" else b"{")
+    with pytest.raises(ValueError, match=re.escape(str(file))) as error:
+        P.load_policy(tmp_path)
+    assert "\n" not in str(error.value)
