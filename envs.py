@@ -686,7 +686,7 @@ def write_video(path: Path, columns: list, fps: int = CONTROL_HZ):
 def validate(policy, worlds: dict, episodes: int, held_out: dict, video: Path) -> dict:
     """For curves and the choice of a checkpoint: success and length without exploration on the validation seeds in
     each of `worlds` (VecEnvs by name), the imitation loss on `held_out` (a batch of real demonstrations), and a video
-    of the first episode in all worlds, side by side."""
+    of the first episode in all worlds, side by side, whose name says in the log when this was."""
     act, seeds = lambda obs: policy.act(obs, sample=False).actions.cpu(), range(SEEDS["validation"], SEEDS["evaluation"])
     log, columns = {}, []
     for name, world in worlds.items():
@@ -697,6 +697,8 @@ def validate(policy, worlds: dict, episodes: int, held_out: dict, video: Path) -
         torch.manual_seed(0)  # the same flow times and noise every time
         log["eval/real_loss"] = policy.sft_loss(held_out).item()
     write_video(video, columns)
+    tqdm.write(f"{video.stem.replace('_', ' ')}: success " + ", ".join(
+        f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds) + f"; held-out real loss {log['eval/real_loss']:.3f}")
     return log
 
 

@@ -199,8 +199,6 @@ def main(args: Args):
         if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
             best = log["eval/success_twin"]
             policy.save(args.out / "best")
-        tqdm.write(f"iteration {iteration}: success twin {log['eval/success_twin']:.0%}, stand-in "
-                   f"{log['eval/success_standin']:.0%}; held-out real loss {log['eval/real_loss']:.3f}")
         return log
 
     bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc="stage II", unit="iteration")

@@ -164,8 +164,6 @@ def main(args: Args):
                                 args.out / f"videos/step_{step}.mp4")
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
-            tqdm.write(f"step {step}: success twin {log['eval/success_twin']:.0%}, stand-in "
-                       f"{log['eval/success_standin']:.0%}; held-out real loss {log['eval/real_loss']:.3f}")
             if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
                 best = log["eval/success_twin"]
                 policy.save(args.out / "best")
