@@ -18,6 +18,7 @@ import traceback
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -83,6 +84,10 @@ STANDIN = Domain(
     object_color=(0.03, 0.32, 0.55), goal_color=(0.75, 0.22, 0.03), image_noise=5.0,
     friction=0.4, object_mass=0.2, stiffness=600.0, damping=80.0, action_delay=1)
 DOMAINS = {d.name: d for d in (TWIN, STANDIN)}
+# What generalisation is tested on (the paper's spirit), never seen in training: another shape, size and colour; places
+# around the training area; starting poses of the robot around the training box.
+VARIATIONS = ("objects", "positions", "robot")
+UNSEEN_COLOR = (0.10, 0.45, 0.08)
 
 
 # ---------------------------------------------------------------------------------------------------------------- robot
@@ -254,8 +259,10 @@ class TabletopEnv(BaseEnv):
     start_gripper = 1.0  # opening at the start of an episode
     start_tcp = ((0.34, -0.05, 0.14), (0.42, 0.05, 0.20))  # m, box that the TCP starts in
 
-    def __init__(self, domain: Domain = TWIN, image_size=64, full_meshes=False, video_size=256, **kwargs):
-        self.domain, self.image_size, self.full_meshes, self.video_size = domain, image_size, full_meshes, video_size
+    def __init__(self, domain: Domain = TWIN, variation: str | None = None, image_size=64, full_meshes=False,
+                 video_size=256, **kwargs):
+        self.domain, self.variation = domain, variation
+        self.image_size, self.full_meshes, self.video_size = image_size, full_meshes, video_size
         super().__init__(**dict(dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None,
                                      render_backend="gpu" if torch.cuda.is_available() else "cpu"), **kwargs))
 
@@ -285,26 +292,57 @@ class TabletopEnv(BaseEnv):
     def _load_agent(self, options):
         self.agent = TwinPanda(self.scene, self.domain, self.full_meshes)
 
-    def box(self, name, half_size, color, mass=None, collide=True, pose=sapien.Pose()):
-        """A box actor. `mass` in kg makes it dynamic; without collision it is decoration that can be moved."""
-        builder = self.scene.create_actor_builder()
+    def add_box(self, builder, half_size, color, position=(0, 0, 0), yaw=0.0, density=1000.0, collide=True):
+        """Add a box to the builder of an actor or of a link. Without collision it is decoration."""
+        pose = sapien.Pose(position, [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
         if collide:
-            surface = sapien.physx.PhysxMaterial(self.domain.friction, self.domain.friction, 0)
-            density = 1000 if mass is None else mass / (8 * np.prod(half_size))
-            builder.add_box_collision(half_size=half_size, material=surface, density=density)
-        builder.add_box_visual(half_size=half_size, material=sapien.render.RenderMaterial(
-            base_color=[*color, 1], roughness=0.8, specular=0.2))
-        builder.initial_pose = pose
-        return builder.build(name) if mass else builder.build_kinematic(name)
+            builder.add_box_collision(pose, half_size, self._surface(), density)
+        builder.add_box_visual(pose, half_size, self._paint(color))
+
+    def _surface(self):
+        return sapien.physx.PhysxMaterial(self.domain.friction, self.domain.friction, 0)
+
+    def _paint(self, color):
+        return sapien.render.RenderMaterial(base_color=[*color, 1], roughness=0.8, specular=0.2)
+
+    def box(self, name, half_size, color, position=(0, 0, 0), collide=True):
+        """A box that nothing moves but `set_pose`."""
+        builder = self.scene.create_actor_builder()
+        self.add_box(builder, half_size, color, collide=collide)
+        builder.initial_pose = sapien.Pose(position)
+        return builder.build_kinematic(name)
+
+    def movable(self, name, half_size):
+        """The object of a task: a cube; an upright cylinder of another colour where objects are unseen ones."""
+        builder, d = self.scene.create_actor_builder(), self.domain
+        if self.variation == "objects":
+            upright, radius = sapien.Pose(q=[0.5**0.5, 0, 0.5**0.5, 0]), 0.9 * half_size
+            builder.add_cylinder_collision(upright, radius, half_size, self._surface(),
+                                           d.object_mass / (2 * np.pi * radius**2 * half_size))
+            builder.add_cylinder_visual(upright, radius, half_size, self._paint(UNSEEN_COLOR))
+        else:
+            self.add_box(builder, [half_size] * 3, d.object_color, density=d.object_mass / (2 * half_size) ** 3)
+        builder.initial_pose = sapien.Pose()
+        return builder.build(name)
+
+    def draw(self, n, b, unseen=False):
+        """Numbers [n,b], uniform in 0..1, for an initial state. `unseen`: the first two lie in a ring around that square,
+        a tenth to three tenths of its width outside."""
+        u = torch.rand(n, b, device=self.device)
+        if unseen:
+            from_center = u[:2] - 0.5
+            norm = from_center.abs().amax(0)
+            u[:2] = 0.5 + from_center / norm * (0.6 + 0.4 * norm)
+        return u
 
     def _load_scene(self, options):
         colors, planks = self.domain.table_colors, 12 if len(self.domain.table_colors) > 1 else 1
-        self.box("table", (0.6, 0.7, 0.05), colors[0], pose=sapien.Pose([0.4, 0, -0.0505]))
+        self.box("table", (0.6, 0.7, 0.05), colors[0], (0.4, 0, -0.0505))
         for i in range(planks):
-            self.box(f"plank{i}", (0.6, 0.7 / planks, 0.0005), colors[i % len(colors)], collide=False,
-                     pose=sapien.Pose([0.4, -0.7 + 1.4 * (i + 0.5) / planks, -0.0005]))
+            self.box(f"plank{i}", (0.6, 0.7 / planks, 0.0005), colors[i % len(colors)],
+                     (0.4, -0.7 + 1.4 * (i + 0.5) / planks, -0.0005), collide=False)
         for name, size, center in (("wall", (0.01, 4, 2), (-0.8, 0, 1)), ("floor", (4, 4, 0.01), (0, 0, -0.8))):
-            self.box(name, size, self.domain.background, collide=False, pose=sapien.Pose(center))
+            self.box(name, size, self.domain.background, center, collide=False)
         self._load_objects()
         self.home = inverse_kinematics(torch.tensor([[0, np.pi / 8, 0, -np.pi * 5 / 8, 0, np.pi * 3 / 4, np.pi / 4]],
                                                     device=self.device), *self._down(torch.tensor([[0.4, 0, 0.2]])), 50)
@@ -315,7 +353,8 @@ class TabletopEnv(BaseEnv):
     def _initialize_episode(self, env_idx, options):
         b = len(env_idx)
         low, high = torch.tensor(self.start_tcp, device=self.device)
-        q = inverse_kinematics(self.home.expand(b, 7), *self._down(low + (high - low) * torch.rand(b, 3, device=self.device)), 20)
+        start = low + (high - low) * self.draw(3, b, self.variation == "robot").T
+        q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), 20)
         finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
         self.agent.robot.set_qpos(torch.cat([q, finger], -1))
         self._place_objects(env_idx)
@@ -399,6 +438,41 @@ class TabletopEnv(BaseEnv):
         return total, terminated, truncated, dict(info, success=terminated)
 
 
+def yaw_quaternion(yaw):
+    """Rotation about z by yaw [B] (rad) as a quaternion [B,4], w first."""
+    zero = torch.zeros_like(yaw)
+    return torch.stack([(yaw / 2).cos(), zero, zero, (yaw / 2).sin()], -1)
+
+
+class Hand:
+    """Moves the arm of a scripted expert as a person would teleoperate it: an own pace, soft starts, tremor, pauses."""
+
+    def __init__(self, env, rng):
+        self.env, self.rng, self.pace, self.velocity = env, rng, rng.uniform(0.7, 1.2), np.zeros(3)
+
+    def towards(self, target, speed, gripper):
+        """The action [7] that moves the TCP to the position `target` [3] (m), at no more than `speed` (m/s)."""
+        step = target - self.env.commanded[0].numpy()
+        step *= min(1, speed * self.pace / CONTROL_HZ / (np.linalg.norm(step) + 1e-9))
+        self.velocity = 0.3 * self.velocity + 0.7 * step  # nobody starts or stops at once
+        return np.float32([*(self.velocity + self.rng.normal(0, 0.0005, 3)), 0, 0, 0, gripper])
+
+    def reach(self, target, speed, gripper, tolerance=0.007):
+        """Actions until the TCP is where `target()` is, which may move, or 3 s have passed: something is in the way."""
+        for _ in range(3 * CONTROL_HZ):
+            if np.linalg.norm(target() - self.env.tcp.p[0].numpy()) < tolerance:
+                break
+            yield self.towards(target(), speed, gripper)
+
+    def stay(self, steps, gripper):
+        for _ in range(steps):
+            yield self.towards(self.env.commanded[0].numpy(), 0, gripper)
+
+    def hesitate(self, gripper):
+        """A third of the time, a pause of up to four control steps."""
+        yield from self.stay(self.rng.integers(1, 5) if self.rng.random() < 0.35 else 0, gripper)
+
+
 class PushCube(TabletopEnv):
     """Push the cube into the coloured square and let it come to rest there (the paper's push cube task)."""
 
@@ -408,19 +482,16 @@ class PushCube(TabletopEnv):
     half_size, tolerance, at_rest = 0.025, 0.025, 0.03  # m, m, m/s
 
     def _load_objects(self):
-        d = self.domain
-        self.cube = self.box("cube", [self.half_size] * 3, d.object_color, mass=d.object_mass)
-        self.goal = self.box("goal", (self.half_size + self.tolerance,) * 2 + (0.001,), d.goal_color, collide=False)
+        self.cube = self.movable("cube", self.half_size)
+        self.goal = self.box("goal", (self.half_size + self.tolerance,) * 2 + (0.001,), self.domain.goal_color,
+                             collide=False)
 
     def _place_objects(self, env_idx):
-        b = len(env_idx)
-        x, y, yaw, distance, angle = (torch.rand(5, b, device=self.device) * 2 - 1).unbind(0)
+        x, y, yaw, distance, angle = self.draw(5, len(env_idx), self.variation == "positions") * 2 - 1
         cube = torch.stack([0.46 + 0.04 * x, 0.10 * y, torch.full_like(x, self.half_size)], -1)
         heading, length = 0.35 * angle, 0.15 + 0.03 * distance
         goal = cube + torch.stack([length * heading.cos(), length * heading.sin(), -cube[:, 2]], -1)
-        zero = torch.zeros_like(x)
-        self.cube.set_pose(Pose.create_from_pq(cube, torch.stack(
-            [(0.15 * yaw).cos(), zero, zero, (0.15 * yaw).sin()], -1)))
+        self.cube.set_pose(Pose.create_from_pq(cube, yaw_quaternion(0.3 * yaw)))
         self.goal.set_pose(Pose.create_from_pq(goal))
 
     def evaluate(self):
@@ -437,16 +508,8 @@ class PushCube(TabletopEnv):
         return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (1 - torch.tanh(8 * distance))
 
     def expert(self, rng):
-        """Yields actions [7] as a person would move: own pace, pauses, a misjudged line that is corrected late."""
-        pace, misjudged, patience = rng.uniform(0.7, 1.2), rng.normal(0, 0.007), rng.uniform(0.3, 0.7)
-        velocity, way = np.zeros(3), np.zeros(2)
-
-        def towards(target, speed):
-            nonlocal velocity
-            step = target - self.commanded[0].numpy()
-            step *= min(1, speed * pace / CONTROL_HZ / (np.linalg.norm(step) + 1e-9))
-            velocity = 0.3 * velocity + 0.7 * step  # nobody starts or stops at once
-            return np.float32([*(velocity + rng.normal(0, 0.0005, 3)), 0, 0, 0, -1])
+        """Yields actions [7]: over the far side, down, push along a misjudged line that is corrected late."""
+        hand, misjudged, patience, way = Hand(self, rng), rng.normal(0, 0.007), rng.uniform(0.3, 0.7), np.zeros(2)
 
         def look():
             """TCP [3], push direction [2], its normal [2], cube to goal (m), TCP's lateral offset from the cube (m)."""
@@ -458,16 +521,15 @@ class PushCube(TabletopEnv):
             side = np.array([-way[1], way[0]])
             return tcp, cube, side, left, (tcp - cube)[:2] @ side
 
+        def behind(gap, height):
+            _, cube, side, _, _ = look()
+            return np.array([*(cube[:2] - way * (self.half_size + 0.009 + gap) + side * misjudged), height])
+
         while True:
-            for gap, height, speed in ((0.04, 0.09, 0.25), (0.025, 0.02, 0.2)):  # over the far side, then down
-                while True:
-                    tcp, cube, side, start, _ = look()
-                    target = np.array([*(cube[:2] - way * (self.half_size + 0.009 + gap) + side * misjudged), height])
-                    if np.linalg.norm(target - tcp) < 0.007:
-                        break
-                    yield towards(target, speed)
-                for _ in range(rng.integers(1, 5) if rng.random() < 0.35 else 0):
-                    yield towards(self.commanded[0].numpy(), 0)
+            for gap, height, speed in ((0.04, 0.09, 0.25), (0.025, 0.02, 0.2)):
+                yield from hand.reach(lambda: behind(gap, height), speed, -1)
+                yield from hand.hesitate(-1)
+            start = look()[3]
             while True:
                 tcp, cube, side, left, lateral = look()
                 if abs(lateral) > 0.024 or (cube - tcp)[:2] @ way < 0:
@@ -476,12 +538,194 @@ class PushCube(TabletopEnv):
                 ahead = way * (left + 0.005 if left > 0.01 else 0) + side * correction
                 target = np.array([*(tcp[:2] + ahead), 0.02])
                 underway = (self.commanded[0].numpy() - tcp)[:2] @ way  # what the arm still lags
-                yield towards(target, 0.2 * np.clip((left - underway) / 0.08, 0.15, 1))
+                yield hand.towards(target, 0.2 * np.clip((left - underway) / 0.08, 0.15, 1), -1)
             for _ in range(4):
-                yield towards(tcp + np.array([*(-way * 0.02), 0.08]), 0.25)
+                yield hand.towards(tcp + np.array([*(-way * 0.02), 0.08]), 0.25, -1)
 
 
-TASKS = {"push_cube": PushCube}
+class PickPlace(TabletopEnv):
+    """Pick the block from the table and put it into the bowl, where it rests, released (the paper's pick and place)."""
+
+    instruction = "put the block into the bowl"
+    max_episode_steps = 64
+    half_size, radius, rim, at_rest = 0.02, 0.06, 0.04, 0.03  # m; of the block, of the bowl; m/s
+
+    def _load_objects(self):
+        self.block = self.movable("block", self.half_size)
+        bowl, sides = self.scene.create_actor_builder(), 10
+        self.add_box(bowl, (0.8 * self.radius, 0.8 * self.radius, 0.002), self.domain.goal_color, (0, 0, 0.002))
+        for angle in 2 * np.pi * np.arange(sides) / sides:
+            self.add_box(bowl, (0.003, self.radius * np.tan(np.pi / sides), self.rim / 2), self.domain.goal_color,
+                         (self.radius * np.cos(angle), self.radius * np.sin(angle), self.rim / 2), angle)
+        bowl.initial_pose = sapien.Pose()
+        self.bowl = bowl.build_kinematic("bowl")
+
+    def _place_objects(self, env_idx):
+        x, y, yaw, bowl_x, bowl_y = self.draw(5, len(env_idx), self.variation == "positions") * 2 - 1
+        zero = torch.zeros_like(x)
+        self.block.set_pose(Pose.create_from_pq(torch.stack([0.46 + 0.05 * x, 0.11 + 0.05 * y, zero + self.half_size], -1),
+                                                yaw_quaternion(0.3 * yaw)))
+        self.bowl.set_pose(Pose.create_from_pq(torch.stack([0.48 + 0.04 * bowl_x, -0.13 + 0.03 * bowl_y, zero], -1)))
+
+    def _inside(self):
+        """Is the block's centre within the bowl's walls, and at what height above the table (m)?"""
+        offset = self.block.pose.p - self.bowl.pose.p
+        return torch.linalg.norm(offset[:, :2], dim=-1) < self.radius - 0.01, offset[:, 2]
+
+    def evaluate(self):
+        inside, height = self._inside()
+        released = self.agent.robot.get_qpos()[:, 7] > self.half_size + 0.01
+        speed = torch.linalg.norm(self.block.linear_velocity, dim=-1)
+        return dict(success=inside & (height < self.rim) & released & (speed < self.at_rest), inside=inside)
+
+    def potential(self):
+        """0 .. 0.75: nearness of the TCP to the block (a fifth), the block's way over the rim and down (the rest)."""
+        inside, height = self._inside()
+        reach = torch.linalg.norm(self.tcp.p - self.block.pose.p, dim=-1)
+        outside = torch.linalg.norm((self.block.pose.p - self.bowl.pose.p)[:, :2], dim=-1)
+        over = self.rim + 1.5 * self.half_size  # m, the height at which the block passes the rim
+        way = torch.where(inside, height, outside + (over - height).clip(min=0) + over)
+        return 0.15 * (1 - torch.tanh(6 * reach) * ~inside) + 0.6 * (1 - torch.tanh(4 * way))
+
+    def expert(self, rng):
+        """Yields actions [7]: over the block, down, close, lift, over the bowl, open; again if the block was lost."""
+        hand, misjudged = Hand(self, rng), np.array([*rng.normal(0, 0.005, 2), 0])
+        block, bowl = (lambda x=x: x.pose.p[0].numpy() for x in (self.block, self.bowl))
+        up = lambda height: np.array([0, 0, height])
+        while True:
+            yield from hand.reach(lambda: block() + misjudged + up(0.07), 0.3, 1, 0.015)
+            yield from hand.hesitate(1)
+            grasp = block() + misjudged / 2
+            yield from hand.reach(lambda: grasp, 0.2, 1)
+            yield from hand.stay(3, -1)
+            yield from hand.reach(lambda: grasp + up(0.09), 0.3, -1, 0.02)
+            if block()[2] > self.rim:
+                yield from hand.reach(lambda: bowl() + misjudged + up(0.11), 0.3, -1, 0.015)
+                yield from hand.hesitate(-1)
+                yield from hand.reach(lambda: bowl() + misjudged + up(0.07), 0.2, -1, 0.01)
+            yield from hand.stay(4, 1)
+            yield from hand.reach(lambda: bowl() + up(0.14), 0.3, 1, 0.02)
+
+
+class Drawer(TabletopEnv):
+    """A cabinet to the right of the robot, whose drawer comes out to the left by a bar handle."""
+
+    max_episode_steps = 48
+    half_width, depth, height, travel = 0.07, 0.20, 0.09, 0.19  # m
+    handle_gap, handle_height = 0.06, 0.07  # m, from the front and from the table
+
+    def _load_objects(self):
+        d, unseen = self.domain, self.variation == "objects"
+        color, handle = UNSEEN_COLOR if unseen else d.object_color, (0.035 if unseen else 0.05, 0.005, 0.007)
+        w, t = self.half_width, 0.004
+        builder = self.scene.create_articulation_builder()
+        body = builder.create_link_builder()
+        body.set_name("body")
+        for half_size, position in (((w + 2 * t, self.depth / 2, t), (0, -self.depth / 2, self.height - t)),
+                                    ((t, self.depth / 2, self.height / 2), (-w - t, -self.depth / 2, self.height / 2)),
+                                    ((t, self.depth / 2, self.height / 2), (w + t, -self.depth / 2, self.height / 2)),
+                                    ((w, t, self.height / 2), (0, t - self.depth, self.height / 2))):
+            self.add_box(body, half_size, np.array(color) * 0.6 + 0.1, position)
+        drawer = builder.create_link_builder(body)
+        drawer.set_name("drawer")
+        along_y = sapien.Pose(q=[0.5**0.5, 0, 0, 0.5**0.5])  # a prismatic joint moves along the x axis of its frames
+        drawer.set_joint_properties("prismatic", [[0, self.travel]], along_y, along_y, friction=0.0, damping=20.0)
+        inside, top = self.depth - 0.02, self.height - 3 * t
+        for half_size, position in (((w, t, top / 2 - 0.002), (0, 0, top / 2 + 0.002)),
+                                    ((w - t, inside / 2, t), (0, -inside / 2, 0.01)),
+                                    ((t, inside / 2, 0.02), (t - w, -inside / 2, 0.03)),
+                                    ((t, inside / 2, 0.02), (w - t, -inside / 2, 0.03))):
+            self.add_box(drawer, half_size, color, position, density=300)
+        for side in (-1, 1):
+            self.add_box(drawer, (0.005, self.handle_gap / 2, 0.005), d.goal_color,
+                         (side * (handle[0] - 0.005), self.handle_gap / 2, self.handle_height))
+        self.add_box(drawer, handle, d.goal_color, (0, self.handle_gap, self.handle_height))
+        builder.initial_pose = sapien.Pose()
+        self.cabinet = builder.build("cabinet", fix_root_link=True)
+        self.drawer = self.cabinet.links_map["drawer"]
+
+    def _place_objects(self, env_idx):
+        x, y, yaw, opening = self.draw(4, len(env_idx), self.variation == "positions") * 2 - 1
+        position = torch.stack([0.47 + 0.05 * x, -0.12 + 0.03 * y, torch.zeros_like(x)], -1)
+        self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.15 * yaw)))
+        low, high = self.start_opening
+        self.cabinet.set_qpos((low + (high - low) * (opening + 1) / 2)[:, None])
+        self.cabinet.set_qvel(torch.zeros(len(env_idx), 1, device=self.device))
+
+    @property
+    def opening(self):
+        """How far the drawer is out, [B] (m)."""
+        return self.cabinet.get_qpos()[:, 0]
+
+    def handle(self, outward=0.0):
+        """Position [B,3] of the middle of the handle, or of a point so much further out (m)."""
+        matrix = self.drawer.pose.to_transformation_matrix()
+        offset = torch.tensor([0, self.handle_gap + outward, self.handle_height], device=self.device)
+        return matrix[:, :3, 3] + matrix[:, :3, :3] @ offset
+
+    def _rests(self):
+        return self.cabinet.get_qvel()[:, 0].abs() < 0.03  # m/s
+
+
+class OpenDrawer(Drawer):
+    """Take the handle and pull the drawer out by at least 15 cm (the paper's open drawer)."""
+
+    instruction = "open the drawer"
+    start_opening, goal = (0.0, 0.01), 0.15  # m
+    start_gripper = 0.2  # wide open it would not fit behind the handle
+
+    def evaluate(self):
+        return dict(success=(self.opening > self.goal) & self._rests(), opening=self.opening)
+
+    def potential(self):
+        """0 .. 0.75: nearness of the TCP to the handle (a third), the drawer's opening (the rest)."""
+        reach = torch.linalg.norm(self.tcp.p - self.handle(), dim=-1)
+        return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (self.opening / self.goal).clip(max=1)
+
+    def expert(self, rng):
+        """Yields actions [7]: over the handle, down around it, close, pull; again if the handle slipped away."""
+        hand, misjudged = Hand(self, rng), np.array([*rng.normal(0, 0.006, 2), 0])
+        handle = lambda height, outward=0.0: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
+        while True:
+            yield from hand.reach(lambda: handle(0.08), 0.3, 0.2, 0.015)
+            yield from hand.hesitate(0.2)
+            yield from hand.reach(lambda: handle(-0.005), 0.2, 0.2, 0.01)
+            yield from hand.stay(2, -1)
+            while np.linalg.norm(handle(-0.005) - self.tcp.p[0].numpy()) < 0.04:
+                left = self.goal + 0.015 - float(self.opening[0])
+                yield hand.towards(handle(-0.005, max(left, 0)), 0.2, -1)
+            yield from hand.reach(lambda: handle(0.08, 0.02), 0.3, 0.2, 0.02)
+
+
+class CloseDrawer(Drawer):
+    """Push the open drawer shut (the paper's close drawer)."""
+
+    instruction = "close the drawer"
+    start_gripper = -1.0
+    start_opening, goal = (0.10, 0.17), 0.01  # m
+
+    def evaluate(self):
+        return dict(success=(self.opening < self.goal) & self._rests(), opening=self.opening)
+
+    def potential(self):
+        """0 .. 0.75: nearness of the TCP to the front of the handle (a third), how far the drawer is shut (the rest)."""
+        reach = torch.linalg.norm(self.tcp.p - self.handle(0.02), dim=-1)
+        return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (1 - self.opening / self.travel)
+
+    def expert(self, rng):
+        """Yields actions [7]: in front of the handle, down, push; again if the hand has missed the handle."""
+        hand, misjudged = Hand(self, rng), np.array([rng.normal(0, 0.012), 0, 0])
+        front = lambda outward, height: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
+        while True:
+            yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.015)
+            yield from hand.hesitate(-1)
+            yield from hand.reach(lambda: front(0.05, 0), 0.25, -1, 0.01)
+            while np.abs(front(0, 0) - self.tcp.p[0].numpy())[[0, 2]].max() < 0.04:
+                yield hand.towards(front(0.01 - float(self.opening[0]), 0), 0.25, -1)
+            yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.02)
+
+
+TASKS = dict(pick_place=PickPlace, push_cube=PushCube, open_drawer=OpenDrawer, close_drawer=CloseDrawer)
 
 
 def check_task(task: str):
@@ -703,24 +947,26 @@ def validate(policy, worlds: dict, episodes: int, held_out: dict, video: Path) -
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-def show(out: Path = Path("runs/domains.png"), seeds: int = 4):
-    """Write a contact sheet: a row for each task and domain, large and as the policy sees it (64 x 64)."""
+def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None):
+    """Write a contact sheet, a row for each task: starts and later moments in each domain, large and as the policy sees
+    them (64 x 64)."""
     from PIL import Image
     rows = []
     for task in TASKS:
+        row = []
         for domain in DOMAINS.values():
-            env, row = make(task, domain), []
+            env = make(task, domain, variation=variation)
             for seed in range(seeds):
                 env.reset(seed=[SEEDS["validation"] + seed])
                 expert = env.expert(np.random.default_rng(seed))
-                for _ in range(9 * seed):  # each column a little further into an episode
+                for _ in range(16 * seed):
                     env.step_chunk(torch.from_numpy(next(expert))[None, None])
                 small = Image.fromarray(env.observe()["image"][0].cpu().numpy())
                 row += [env.render_rgb_array()[0].cpu().numpy(), np.asarray(small.resize((256, 256), Image.NEAREST))]
-            rows.append(np.concatenate(row, 1))
+        rows.append(np.concatenate(row, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(out)
-    print(f"{out}: {' and '.join(DOMAINS)}, each start beside what the policy sees of it")
+    print(f"{out}: {', '.join(TASKS)} in {' and '.join(DOMAINS)}, each picture beside what the policy sees of it")
 
 
 def expert(episodes: int = 200, workers: int = os.cpu_count() or 1):
@@ -757,7 +1003,7 @@ def _stock(seconds, image_size, ready, count):
     count.put(steps / seconds)
 
 
-def bench(task: str = "push_cube", chunk: int = 8, num_envs: int = 32, workers: int = os.cpu_count() or 1,
+def bench(tasks: tuple[str, ...] = tuple(TASKS), chunk: int = 8, num_envs: int = 32, workers: int = os.cpu_count() or 1,
           seconds: float = 15.0):
     """Control steps per second: stock ManiSkill (PushCube-v1, a picture every step), this, this with the policy."""
     from policy import load_policy
@@ -768,23 +1014,26 @@ def bench(task: str = "push_cube", chunk: int = 8, num_envs: int = 32, workers: 
     stock = sum(count.get() for _ in processes)
     print(f"stock ManiSkill, PushCube-v1, 64 x 64, {workers} processes: {stock:.0f} control steps/s")
 
-    world, still = VecEnv(task, TWIN, num_envs, workers), np.zeros((num_envs, chunk, 7), np.float32)
+    still = np.zeros((num_envs, chunk, 7), np.float32)
     stats = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
              "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]}}
     policies = {f"with the default policy, chunk {n}": load_policy("tiny-pi05", stats=stats, chunk=n, action_horizon=n)
                 for n in (chunk, load_policy("tiny-pi05", stats=stats).chunk)}
-    for name, act in {f"alone, chunk {chunk}": lambda obs: still,
-                      **{name: lambda obs, p=p: p.act(obs, sample=True).actions for name, p in policies.items()}}.items():
-        obs, steps, last = world.reset(SEEDS["rl"]), 0, torch.zeros(num_envs, dtype=int)
-        start = time.time()
-        while time.time() < start + seconds:
-            obs, _, terminated, truncated, info = world.step(act(obs))
-            steps += (info["length"] - last).sum().item()  # executed: an episode may end inside a chunk
-            last = torch.where(terminated | truncated, 0, info["length"])
-        rate = steps / (time.time() - start)
-        print(f"{task}, {num_envs} environments in {workers} processes, {name}: {rate:.0f} control steps/s, "
-              f"{rate / stock:.1f} x stock")
-    world.close()
+    acts = {f"alone, chunk {chunk}": lambda obs: still,
+            **{name: lambda obs, p=p: p.act(obs, sample=True).actions for name, p in policies.items()}}
+    for task in tasks:
+        world = VecEnv(task, TWIN, num_envs, workers)
+        for name, act in acts.items():
+            obs, steps, last = world.reset(SEEDS["rl"]), 0, torch.zeros(num_envs, dtype=int)
+            start = time.time()
+            while time.time() < start + seconds:
+                obs, _, terminated, truncated, info = world.step(act(obs))
+                steps += (info["length"] - last).sum().item()  # executed: an episode may end inside a chunk
+                last = torch.where(terminated | truncated, 0, info["length"])
+            rate = steps / (time.time() - start)
+            print(f"{task}, {num_envs} environments in {workers} processes, {name}: {rate:.0f} control steps/s, "
+                  f"{rate / stock:.1f} x stock")
+        world.close()
 
 
 if __name__ == "__main__":

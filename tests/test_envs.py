@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from mani_skill.utils.structs import Pose
 
 import envs
 
@@ -127,13 +128,61 @@ def test_pictures_show_the_domain(twin, pair):
     assert (first - other).abs().mean() > 20
 
 
+@pytest.mark.parametrize("task", envs.TASKS)
 @pytest.mark.parametrize("domain", [envs.TWIN, envs.STANDIN])
-def test_the_expert_finishes_in_time(domain):
-    for seed in range(12):
-        episode = envs.demonstrate("push_cube", domain, 777_000 + seed)
+def test_the_expert_finishes_in_time(task, domain):
+    for seed in range(10):
+        episode = envs.demonstrate(task, domain, 777_000 + seed)
         steps = len(episode["action"])
-        assert episode["success"] and steps <= envs.PushCube.max_episode_steps, seed
+        assert episode["success"] and steps <= envs.TASKS[task].max_episode_steps, seed
         assert episode["image"].shape == (steps, 64, 64, 3) and episode["state"].shape == (steps, 7)
+    assert episode["prompt"] == envs.TASKS[task].instruction
+
+
+def test_picked_and_placed_is_in_the_bowl_at_rest_and_released():
+    env = envs.make("pick_place", envs.TWIN)
+
+    def success(height=0.03, aside=0.0, opening=envs.GRIPPER_OPEN, speed=0.0):
+        env.reset(seed=[0])
+        bowl = env.bowl.pose.p
+        env.block.set_pose(Pose.create_from_pq(bowl + torch.tensor([[aside, 0, height]])))
+        env.block.set_linear_velocity(torch.tensor([[0, 0, speed]]))
+        q = env.agent.robot.get_qpos()
+        q[:, 7:] = opening
+        env.agent.robot.set_qpos(q)
+        return env.evaluate()["success"].item()
+
+    assert success()
+    assert not success(height=0.06) and not success(aside=0.07) and not success(speed=0.1)
+    assert not success(opening=env.half_size)  # still held
+
+
+@pytest.mark.parametrize("task, beyond, short", [("open_drawer", 0.151, 0.149), ("close_drawer", 0.009, 0.011)])
+def test_a_drawer_counts_when_it_is_far_enough_and_rests(task, beyond, short):
+    env = envs.make(task, envs.TWIN)
+    for opening, speed, success in ((beyond, 0, True), (short, 0, False), (beyond, 0.2, False)):
+        env.reset(seed=[0])
+        env.cabinet.set_qpos(torch.tensor([[opening]]))
+        env.cabinet.set_qvel(torch.tensor([[float(speed)]]))
+        assert env.evaluate()["success"].item() == success
+
+
+def test_unseen_variations_lie_outside_of_the_training_area():
+    place, hand = [], []
+    for variation in (None, *envs.VARIATIONS):
+        env = envs.make("pick_place", envs.TWIN, variation=variation)
+        for seed in range(20):
+            env.reset(seed=[seed])
+            block, tcp = env.block.pose.p[0], env.tcp.p[0]
+            place.append((block[:2] - torch.tensor([0.46, 0.11])).abs().max().item() < 0.0501)
+            low, high = torch.tensor(env.start_tcp)
+            hand.append(((tcp > low - 1e-3) & (tcp < high + 1e-3))[:2].all().item())
+        shape = type(env.block._bodies[0].collision_shapes[0]).__name__
+        assert ("Cylinder" in shape) == (variation == "objects")
+        assert all(place) != (variation == "positions") and all(hand) != (variation == "robot")
+        assert variation != "positions" or not any(place)
+        assert variation != "robot" or not any(hand)
+        place, hand = [], []
 
 
 def towards_the_middle(obs):
@@ -207,5 +256,5 @@ def test_seeds_of_different_uses_never_meet():
 
 def test_an_unknown_task_is_one_line():
     for build in (lambda: envs.make("fly", envs.TWIN), lambda: envs.VecEnv("fly", envs.TWIN)):
-        with pytest.raises(SystemExit, match="no task 'fly': choose one of push_cube"):
+        with pytest.raises(SystemExit, match="no task 'fly': choose one of pick_place, push_cube"):
             build()
