@@ -325,15 +325,20 @@ class TabletopEnv(BaseEnv):
         builder.initial_pose = sapien.Pose()
         return builder.build(name)
 
-    def draw(self, n, b, unseen=False):
-        """Numbers [n,b], uniform in 0..1, for an initial state. `unseen`: the first two lie in a ring around that square,
-        a tenth to three tenths of its width outside."""
+    def draw(self, n, b, unseen: bool, ring):
+        """Numbers [n,b], uniform in 0..1, for an initial state. `unseen`: the first two lie in a square ring outside of
+        that, from ring[0] to ring[1] away from its centre (0.5 is its edge)."""
         u = torch.rand(n, b, device=self.device)
         if unseen:
             from_center = u[:2] - 0.5
             norm = from_center.abs().amax(0)
-            u[:2] = 0.5 + from_center / norm * (0.6 + 0.4 * norm)
+            u[:2] = 0.5 + from_center / norm * (ring[0] + 2 * (ring[1] - ring[0]) * norm)
         return u
+
+    def draw_places(self, n, b):
+        """Numbers [n,b], uniform in -1..1, for the places of a task's objects, the first two of them x and y. Unseen
+        positions are up to 60 % further out than any in training."""
+        return self.draw(n, b, self.variation == "positions", (0.6, 0.8)) * 2 - 1
 
     def _load_scene(self, options):
         colors, planks = self.domain.table_colors, 12 if len(self.domain.table_colors) > 1 else 1
@@ -353,7 +358,7 @@ class TabletopEnv(BaseEnv):
     def _initialize_episode(self, env_idx, options):
         b = len(env_idx)
         low, high = torch.tensor(self.start_tcp, device=self.device)
-        start = low + (high - low) * self.draw(3, b, self.variation == "robot").T
+        start = low + (high - low) * self.draw(3, b, self.variation == "robot", (1.0, 1.5)).T
         q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), 20)
         finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
         self.agent.robot.set_qpos(torch.cat([q, finger], -1))
@@ -487,7 +492,7 @@ class PushCube(TabletopEnv):
                              collide=False)
 
     def _place_objects(self, env_idx):
-        x, y, yaw, distance, angle = self.draw(5, len(env_idx), self.variation == "positions") * 2 - 1
+        x, y, yaw, distance, angle = self.draw_places(5, len(env_idx))
         cube = torch.stack([0.46 + 0.04 * x, 0.10 * y, torch.full_like(x, self.half_size)], -1)
         heading, length = 0.35 * angle, 0.15 + 0.03 * distance
         goal = cube + torch.stack([length * heading.cos(), length * heading.sin(), -cube[:, 2]], -1)
@@ -561,7 +566,7 @@ class PickPlace(TabletopEnv):
         self.bowl = bowl.build_kinematic("bowl")
 
     def _place_objects(self, env_idx):
-        x, y, yaw, bowl_x, bowl_y = self.draw(5, len(env_idx), self.variation == "positions") * 2 - 1
+        x, y, yaw, bowl_x, bowl_y = self.draw_places(5, len(env_idx))
         zero = torch.zeros_like(x)
         self.block.set_pose(Pose.create_from_pq(torch.stack([0.46 + 0.05 * x, 0.11 + 0.05 * y, zero + self.half_size], -1),
                                                 yaw_quaternion(0.3 * yaw)))
@@ -645,7 +650,7 @@ class Drawer(TabletopEnv):
         self.drawer = self.cabinet.links_map["drawer"]
 
     def _place_objects(self, env_idx):
-        x, y, yaw, opening = self.draw(4, len(env_idx), self.variation == "positions") * 2 - 1
+        x, y, yaw, opening = self.draw_places(4, len(env_idx))
         position = torch.stack([0.47 + 0.05 * x, -0.12 + 0.03 * y, torch.zeros_like(x)], -1)
         self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.15 * yaw)))
         low, high = self.start_opening
