@@ -1,5 +1,5 @@
 # make demo: set-up, stage I, stage II, comparison.   make test: set-up, test suite.
-# make -j2 results: every run behind the README's tables. A finished cell is not run again, a killed one goes on.
+# make results: every run, table and figure of results/. A finished run is not run again, a killed one goes on.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -15,23 +15,8 @@ demo: setup
 test: setup
 	@$(PY) -m pytest tests
 
-SEEDS := 1 2
-BETAS := 0 0.2 1
-CELL = export OMP_NUM_THREADS=1; $(PY) $(1) --seed $* --out $(@D) && touch $@
-DEMOS := demos/push_cube-standin-val
-$(DEMOS): | setup ; $(PY) data.py
-runs/real-s%/done: | $(DEMOS) ; $(call CELL,train_sft.py --alpha 0)
-runs/sft-s%/done: | $(DEMOS) ; $(call CELL,train_sft.py)
-define STAGE2
-runs/expert-$(1)-s%/done: runs/sft-s%/done ; $$(call CELL,train_rlco.py --policy runs/sft-s$$*/best --beta $(1))
-runs/all-$(1)-s%/done: runs/sft-s%/done ; $$(call CELL,train_rlco.py --policy runs/sft-s$$*/best --beta $(1) --train all --lr 2e-5)
-endef
-$(foreach beta,$(BETAS),$(eval $(call STAGE2,$(beta))))
-CELLS := real sft $(BETAS:%=expert-%) $(BETAS:%=all-%)
-results/push_cube-s%/results.json: $(CELLS:%=runs/%-s%/done)
-	$(PY) eval_real.py --policies $(CELLS:%=runs/%-s$*/best) --videos 0 --out $(@D)
-.SECONDARY:
-results: $(SEEDS:%=results/push_cube-s%/results.json)
+results: setup
+	@$(PY) results/experiment.py
 
 # Touched last, so that an interrupted installation is taken up again.
 .venv/installed: requirements.txt

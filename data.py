@@ -241,12 +241,13 @@ class Demonstrations:
         return len(self.state)
 
 
-def load_dataset(path, max_bytes=4 << 30):
+def load_dataset(path, max_bytes=4 << 30, num_episodes=None):
     """Read a LeRobot dataset, v2.1 or v3.0, images as video or as image columns -> Demonstrations.
 
     The camera is "observation.images.base_0_rgb", or the only one there is. Frames are decoded into memory if they
-    take at most `max_bytes`, otherwise on access. FileNotFoundError or ValueError with one line that names the file
-    and the episode: no dataset, unknown version, corrupt or missing files, wrong shapes or lengths, NaN.
+    take at most `max_bytes`, otherwise on access. With `num_episodes` only the first so many are kept.
+    FileNotFoundError or ValueError with one line that names the file and the episode: no dataset, unknown version,
+    corrupt or missing files, wrong shapes or lengths, NaN.
     """
     root = Path(path)
     if not (root / "meta/info.json").exists():
@@ -289,6 +290,10 @@ def load_dataset(path, max_bytes=4 << 30):
     prompt = np.empty(max(tasks) + 1, object)
     prompt[list(tasks)] = list(tasks.values())
 
+    if num_episodes is not None and not 1 <= num_episodes <= len(episodes):
+        raise ValueError(f"{root} has {len(episodes)} episodes, of which {num_episodes} cannot be used")
+    episodes, bounds = episodes[:num_episodes], bounds[:num_episodes and num_episodes + 1]
+    state, action, task = (np.concatenate(x)[:bounds[-1]] for x in (state, action, [task]))
     for episode in episodes:
         if not episode["file"].exists():
             raise FileNotFoundError(f"{episode['file']}: missing; the images of episode {episode['index']} are in it")
@@ -298,7 +303,7 @@ def load_dataset(path, max_bytes=4 << 30):
     else:  # a file that ends too early is found now, and not hours into the training
         last_of_file = {episode["file"]: end - 1 for episode, end in zip(episodes, bounds[1:])}
         frames.decode(np.sort(list(last_of_file.values())))
-    return Demonstrations(root, fps, np.concatenate(state), np.concatenate(action), prompt[task], bounds, frames, shape)
+    return Demonstrations(root, fps, state, action, prompt[task], bounds, frames, shape)
 
 
 def _read_json(path, lines=False):
@@ -572,12 +577,14 @@ class Args:
 
     task: str = "push_cube"
     """Which task of envs.py."""
+    target: str = "standin"
+    """The domain of envs.py that plays the robot."""
     num_twin: int = 500
     """Demonstrations in the twin. Simulated frames are cheap, and visual features need many."""
-    num_standin: int = 50
-    """Demonstrations in the stand-in: the "real" ones."""
+    num_real: int = 50
+    """Demonstrations in the target: the "real" ones."""
     num_val: int = 20
-    """Held-out demonstrations in the stand-in, for validation."""
+    """Held-out demonstrations in the target, for validation."""
     out: Path = Path("demos")
     """Folder of the datasets."""
     workers: int = os.cpu_count() or 1
@@ -589,10 +596,11 @@ class Args:
 def main(args: Args):
     import envs
 
+    target = envs.domain(args.target)
     with simulators(args.workers) as pool:
         for name, domain, seeds, num in (("twin", envs.TWIN, "twin_demos", args.num_twin),
-                                         ("standin", envs.STANDIN, "standin_demos", args.num_standin),
-                                         ("standin-val", envs.STANDIN, "standin_val", args.num_val)):
+                                         (target.name, target, "real_demos", args.num_real),
+                                         (f"{target.name}-val", target, "real_val", args.num_val)):
             out = args.out / f"{args.task}-{name}"
             collect(args.task, domain, num, out, envs.SEEDS[seeds], pool, args.video)
             lengths = np.diff(load_dataset(out, max_bytes=0).bounds)

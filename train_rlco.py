@@ -36,10 +36,14 @@ class Args:
     """the stage I checkpoint: a folder, or a name on the Hub"""
     task: str = "push_cube"
     """a task of envs.py"""
+    target: str = "standin"
+    """the domain of envs.py that plays the robot: its demonstrations are the real ones, and it is evaluated in"""
     real: Path | None = None
-    """real demonstrations of the anchor, a LeRobot dataset (default: demos/TASK-standin, which plays the robot)"""
+    """real demonstrations of the anchor, a LeRobot dataset (default: demos/TASK-TARGET)"""
+    num_real: int | None = None
+    """use only the first so many real demonstrations (default: all)"""
     real_val: Path | None = None
-    """held-out real demonstrations, on which forgetting is measured (default: demos/TASK-standin-val)"""
+    """held-out real demonstrations, on which forgetting is measured (default: demos/TASK-TARGET-val)"""
     beta: float = 0.2
     """weight of the supervised loss on real demonstrations; 0 is plain RL"""
     train: Literal["expert", "lora", "all"] = "expert"
@@ -77,11 +81,11 @@ class Args:
     critic_warmup: int = 1
     """first iterations that train only the critic"""
     eval_every: int = 5
-    """iterations between evaluations in the twin and the stand-in"""
+    """iterations between evaluations in the twin and the target"""
     eval_episodes: int = 64
     """episodes of each evaluation, on validation seeds"""
     eval_envs: int = 32
-    """environments that evaluate in the stand-in"""
+    """environments that evaluate in the target"""
     seed: int = 1
     out: Path = Path("runs/rlco")
     """folder of the run"""
@@ -126,20 +130,33 @@ def rlco_loss(policy, rollout, real_batch, args):
     return ppo + args.beta * anchor, parts
 
 
-def plot(metrics, path):
-    """Learning curve: success over iterations, in the rollouts and on the validation seeds of both domains."""
+def curve(metrics, key, scale=1.0):
+    """[(iteration, value)] of what was logged under `key`."""
+    return [(m["iteration"], scale * m[key]) for m in metrics if key in m]
+
+
+def plot(panels, path, ylabel="success (%)", xlabel="RL iteration"):
+    """Curves side by side: panels {title: {label: [curve of each training seed]}}; mean, and min to max shaded."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for key, label, style in (("rollout/success", "twin, exploring", ":"), ("eval/success_twin", "twin", "-o"),
-                              ("eval/success_standin", "stand-in", "-s")):
-        points = [(m["iteration"], 100 * m[key]) for m in metrics if key in m]
-        axis.plot(*zip(*points), style, label=label)
-    axis.set(xlabel="RL iteration", ylabel="success (%)", ylim=(0, 100))
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.grid(alpha=0.3), axis.legend()
+    figure, axes = plt.subplots(1, len(panels), figsize=(2 + 4 * len(panels), 3.5), sharey=True, squeeze=False,
+                                layout="constrained")
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for label, seeds in curves.items():
+            x, y = np.array(seeds, float).transpose(2, 0, 1)
+            axis.plot(x[0], y.mean(0), marker="o", markersize=3, label=label)
+            axis.fill_between(x[0], y.min(0), y.max(0), alpha=0.2)
+        axis.set(title=title, xlabel=xlabel)
+        axis.grid(alpha=0.3), axis.legend()
+    axes[0, 0].set(ylabel=ylabel, ylim=(0, None))
     figure.savefig(path, dpi=150), plt.close(figure)
+
+
+def plot_run(metrics, target, path):
+    """Learning curve of a run: success in the rollouts, and on the validation seeds of the twin and the target."""
+    plot({"": {name: [curve(metrics, key, 100)] for name, key in (
+        ("twin, exploring", "rollout/success"), ("twin", "eval/success_twin"), (target, f"eval/success_{target}"))}}, path)
 
 
 def main(args: Args):
@@ -147,8 +164,9 @@ def main(args: Args):
         raise FileNotFoundError(f"{args.policy}: no stage I checkpoint; `python train_sft.py` makes it")
     if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
-    real = data.load_dataset(args.real or Path(f"demos/{args.task}-standin"))
-    held_out = data.load_dataset(args.real_val or Path(f"demos/{args.task}-standin-val"))
+    demos = Path(f"demos/{args.task}-{args.target}")
+    real = data.load_dataset(args.real or demos, num_episodes=args.num_real)
+    held_out = data.load_dataset(args.real_val or demos.with_name(f"{demos.name}-val"))
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
@@ -179,7 +197,7 @@ def main(args: Args):
         if start < args.iterations:
             print(f"{args.out}: resuming at iteration {start}")
     if start >= args.iterations:
-        plot(metrics, args.out / "learning_curve.png")
+        plot_run(metrics, args.target, args.out / "learning_curve.png")
         print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
         return
 
@@ -187,14 +205,15 @@ def main(args: Args):
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     writer = SummaryWriter(args.out / "tensorboard", purge_step=start or None)
-    twin, standin = envs.VecEnv(args.task, envs.TWIN, args.num_envs), envs.VecEnv(args.task, envs.STANDIN, args.eval_envs)
+    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs)
+    target = envs.VecEnv(args.task, envs.domain(args.target), args.eval_envs)
     decisions = -(-twin.max_episode_steps // policy.chunk)  # a rollout: the longest episode
     print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and {sum(p.numel() for p in critic):,}"
           f" of the critic train on {device}; {args.num_envs} x {decisions} decisions an iteration; beta {args.beta}")
 
     def validate(iteration):
         nonlocal best
-        log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes, held_out,
+        log = envs.validate(policy, {"twin": twin, args.target: target}, args.eval_episodes, held_out,
                             args.out / f"videos/iteration_{iteration}.mp4")
         if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
             best = log["eval/success_twin"]
@@ -298,8 +317,8 @@ def main(args: Args):
         (args.out / "metrics.tmp").write_text(json.dumps(metrics, indent=1))
         os.replace(args.out / "metrics.tmp", args.out / "metrics.json")
 
-    plot(metrics, args.out / "learning_curve.png")
-    writer.close(), twin.close(), standin.close()
+    plot_run(metrics, args.target, args.out / "learning_curve.png")
+    writer.close(), twin.close(), target.close()
     print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; curve in "
           f"{args.out}/learning_curve.png; tensorboard --logdir {args.out}; next: python eval_real.py")
 

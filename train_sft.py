@@ -35,12 +35,16 @@ class Args:
     """a preset (random weights), a checkpoint's folder or its name on the Hub"""
     task: str = "push_cube"
     """a task of envs.py; names the default data and the environment that is evaluated in"""
+    target: str = "standin"
+    """the domain of envs.py that plays the robot: its demonstrations are the real ones, and it is evaluated in"""
     sim: Path | None = None
     """simulated demonstrations, a LeRobot dataset (default: demos/TASK-twin)"""
     real: Path | None = None
-    """real demonstrations, a LeRobot dataset (default: demos/TASK-standin, which plays the robot)"""
+    """real demonstrations, a LeRobot dataset (default: demos/TASK-TARGET)"""
+    num_real: int | None = None
+    """use only the first so many real demonstrations (default: all)"""
     real_val: Path | None = None
-    """held-out real demonstrations, on which only the imitation loss is measured (default: demos/TASK-standin-val)"""
+    """held-out real demonstrations, on which only the imitation loss is measured (default: demos/TASK-TARGET-val)"""
     alpha: float = 0.8
     """share of simulated samples in every batch: 0 is real-only, 1 is sim-only"""
     train: Literal["expert", "lora", "all"] = "all"
@@ -60,7 +64,7 @@ class Args:
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0
     evaluations: int = 2
-    """evaluations in the twin and the stand-in, the last one at the end"""
+    """evaluations in the twin and the target, the last one at the end"""
     eval_episodes: int = 64
     """episodes of each evaluation, on validation seeds"""
     num_envs: int = 32
@@ -75,11 +79,11 @@ class Args:
 
 
 def main(args: Args):
-    demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"), real=args.real or Path(f"demos/{args.task}-standin"),
-                 val=args.real_val or Path(f"demos/{args.task}-standin-val"))
+    demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"), real=args.real or Path(f"demos/{args.task}-{args.target}"),
+                 val=args.real_val or Path(f"demos/{args.task}-{args.target}-val"))
     if not (args.sim or args.real or args.real_val) and not all(path.exists() for path in demos.values()):
-        data.main(data.Args(task=args.task))
-    real = data.load_dataset(demos["real"]) if args.alpha < 1 else None
+        data.main(data.Args(task=args.task, target=args.target))
+    real = data.load_dataset(demos["real"], num_episodes=args.num_real) if args.alpha < 1 else None
     sim = data.load_dataset(demos["sim"]) if args.alpha > 0 else None
     val = data.load_dataset(demos["val"])
 
@@ -126,7 +130,7 @@ def main(args: Args):
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     writer = SummaryWriter(args.out / "tensorboard", purge_step=step or None)
     writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
-    twin, standin = (envs.VecEnv(args.task, domain, args.num_envs) for domain in (envs.TWIN, envs.STANDIN))
+    twin, target = (envs.VecEnv(args.task, domain, args.num_envs) for domain in (envs.TWIN, envs.domain(args.target)))
     eval_every = math.ceil(args.steps / args.evaluations)
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
@@ -160,7 +164,7 @@ def main(args: Args):
             bar.set_postfix(loss=f"{loss.mean().item():.3f}")
 
         if step % eval_every == 0 or step == args.steps:
-            log = envs.validate(policy, dict(twin=twin, standin=standin), args.eval_episodes, held_out,
+            log = envs.validate(policy, {"twin": twin, args.target: target}, args.eval_episodes, held_out,
                                 args.out / f"videos/step_{step}.mp4")
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
@@ -173,7 +177,7 @@ def main(args: Args):
                             optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()),
                        state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
-    bar.close(), writer.close(), twin.close(), standin.close()
+    bar.close(), writer.close(), twin.close(), target.close()
     print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
           f"tensorboard --logdir {args.out}; next: python train_rlco.py")
 

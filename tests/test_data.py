@@ -69,6 +69,18 @@ def test_round_trip(folder, kind, max_bytes):
     np.testing.assert_array_equal(demos.frames[order], frames[order])
 
 
+@pytest.mark.parametrize("max_bytes", [1 << 30, 0], ids=["memory", "disk"])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_the_first_episodes_alone(folder, kind, max_bytes):
+    demos, few = load_dataset(folder / kind), load_dataset(folder / kind, max_bytes, num_episodes=2)
+    assert few.bounds.tolist() == [0, 7, 8] and len(few) == len(few.state) == len(few.prompt) == 8
+    np.testing.assert_array_equal(few.action, demos.action[:8])
+    np.testing.assert_array_equal(few.frames[np.arange(8)], demos.frames[:8])
+    for wrong in (0, 5):
+        with pytest.raises(ValueError, match="has 4 episodes"):
+            load_dataset(folder / kind, num_episodes=wrong)
+
+
 def test_several_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FILE_BYTES", 0)
     for video in (False, True):

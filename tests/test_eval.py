@@ -1,3 +1,8 @@
+import json
+import re
+import sys
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
@@ -5,6 +10,9 @@ from scipy.stats import binomtest
 
 import envs
 import eval_real
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+import experiment  # noqa: E402
 
 
 @pytest.mark.parametrize("successes,n", [(0, 20), (3, 20), (50, 100), (119, 120), (120, 120)])
@@ -30,3 +38,38 @@ def test_table_has_a_row_for_each_checkpoint_and_a_column_for_each_domain():
     head, _, a, b = eval_real.table(results).splitlines()
     assert "standin (not a real robot)" in head and "twin" in head
     assert a.startswith("| a | 25 % [18, 34] of 100, 30 |") and b.endswith("| 100 % [96, 100] of 100, 30 |")
+
+
+def test_the_experiment_gives_a_folder_to_each_run_and_a_run_to_each_checkpoint():
+    cells = {}
+
+    def walk(cell):
+        for need in cell.needs:
+            walk(need)
+        assert cells.setdefault(cell.out, cell) == cell  # the same folder is the same command
+        used = set(re.findall(r"(\S+)/best", cell.command))
+        assert used == {need.out for need in cell.needs}
+
+    for seed in (1, 2):
+        for cell in experiment.experiment(seed):
+            walk(cell)
+    assert len(set(c.command.split(" --out ")[0] + c.command.split(" --out ")[1].partition(" ")[2]
+                   for c in cells.values())) == len(cells)  # no two of them do the same
+
+
+def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_path, monkeypatch):
+    for seed, successes in ((1, 30), (2, 50)):
+        folder = tmp_path / f"results/main-push_cube-tiny-pi05-s{seed}"
+        folder.mkdir(parents=True)
+        results = [dict(policy=f"runs/experiment/push_cube-tiny-pi05-{cell}-s{seed}/best", domain=domain, episodes=100,
+                        successes=successes + add) for cell, add in (("real", 0), ("sft", 5), ("rlco", 20))
+                   for domain in ("twin", "standin")]
+        (folder / "results.json").write_text(json.dumps(dict(results=results)))
+        (folder / f"push_cube-tiny-pi05-rlco-s{seed}.json").write_text(json.dumps(
+            [{"iteration": i, "eval/success_twin": 0.5, "eval/success_standin": 0.2} for i in (0, 5)]))
+    monkeypatch.chdir(tmp_path)
+    experiment.report()
+    text = (tmp_path / "results/README.md").read_text()
+    low, high = eval_real.wilson(120, 200)
+    assert f"| push_cube | 40 % [33, 47] | 45 % [38, 52] | 60 % [{100 * low:.0f}, {100 * high:.0f}] | 2 |" in text
+    assert (tmp_path / "results/main-tiny-pi05.png").stat().st_size > 5000

@@ -27,7 +27,7 @@ def run(folder, *command, ok=True):
 def folder(tmp_path_factory):
     """A user's folder after data.py, both stages and the evaluation."""
     folder = tmp_path_factory.mktemp("user")
-    run(folder, *"data.py --num-twin 3 --num-standin 2 --num-val 1 --workers 1".split())
+    run(folder, *"data.py --num-twin 3 --num-real 2 --num-val 1 --workers 1".split())
     data = "--real demos/push_cube-standin --real-val demos/push_cube-standin-val".split()
     run(folder, *STAGE_1, "--sim", "demos/push_cube-twin", *data)
     run(folder, *STAGE_2, "--iterations", "2")
