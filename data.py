@@ -241,23 +241,25 @@ class Demonstrations:
         return len(self.state)
 
 
-def load_dataset(path, max_bytes=4 << 30, num_episodes=None):
+def load_dataset(path, max_bytes=4 << 30, num_episodes=None, fps=None):
     """Read a LeRobot dataset, v2.1 or v3.0, images as video or as image columns -> Demonstrations.
 
     The camera is "observation.images.base_0_rgb", or the only one there is. Frames are decoded into memory if they
     take at most `max_bytes`, otherwise on access. With `num_episodes` only the first so many are kept.
     FileNotFoundError or ValueError with one line that names the file and the episode: no dataset, unknown version,
-    corrupt or missing files, wrong shapes or lengths, NaN.
+    recorded at another rate than `fps`, corrupt or missing files, wrong shapes or lengths, NaN.
     """
     root = Path(path)
     if not (root / "meta/info.json").exists():
         raise FileNotFoundError(f"{root} is no LeRobot dataset: no meta/info.json (`python data.py` collects datasets)")
     info = _read_json(root / "meta/info.json")
     try:
-        fps, shapes = info["fps"], {key: tuple(feature["shape"]) for key, feature in info["features"].items()}
+        recorded, shapes = info["fps"], {key: tuple(feature["shape"]) for key, feature in info["features"].items()}
         cameras = {key: f["dtype"] for key, f in info["features"].items() if f["dtype"] in ("image", "video")}
         if info["codebase_version"] not in ("v2.1", "v3.0"):
             raise ValueError(f"{root}: codebase_version {info['codebase_version']} is not v2.1 or v3.0")
+        if recorded != (fps or recorded):
+            raise ValueError(f"{root} is recorded at {recorded} Hz, not at {fps} Hz: its actions mean other motions")
         for key in (STATE, ACTION):
             if shapes.get(key) != (len(DIMS),):
                 raise ValueError(f"{root}: {key} has shape {shapes.get(key)}, ({len(DIMS)},) needed: {' '.join(DIMS)}")
@@ -297,13 +299,13 @@ def load_dataset(path, max_bytes=4 << 30, num_episodes=None):
     for episode in episodes:
         if not episode["file"].exists():
             raise FileNotFoundError(f"{episode['file']}: missing; the images of episode {episode['index']} are in it")
-    frames = FramesOnDisk(episodes, bounds, shape, fps, None if is_video else camera)
+    frames = FramesOnDisk(episodes, bounds, shape, recorded, None if is_video else camera)
     if bounds[-1] * math.prod(shape) <= max_bytes:
         frames = frames.decode(np.arange(bounds[-1]))
     else:  # a file that ends too early is found now, and not hours into the training
         last_of_file = {episode["file"]: end - 1 for episode, end in zip(episodes, bounds[1:])}
         frames.decode(np.sort(list(last_of_file.values())))
-    return Demonstrations(root, fps, state, action, prompt[task], bounds, frames, shape)
+    return Demonstrations(root, recorded, state, action, prompt[task], bounds, frames, shape)
 
 
 def _read_json(path, lines=False):
@@ -481,9 +483,6 @@ class Mixture(torch.utils.data.Dataset):
             raise ValueError(f"alpha = {alpha} needs {'simulated' if sim is None else 'real'} demonstrations as well")
         if real is not None and sim is not None and real.image_shape != sim.image_shape:
             raise ValueError(f"{real.path} has images {real.image_shape}, but {sim.path} {sim.image_shape}")
-        if real is not None and sim is not None and real.fps != sim.fps:
-            raise ValueError(f"{real.path} is recorded at {real.fps} Hz, but {sim.path} at {sim.fps} Hz: their actions "
-                             f"mean different motions")
         self.real, self.sim, self.batch_size, self.horizon, self.seed = real, sim, batch_size, horizon, seed
         self.sim_per_batch = Fraction(str(alpha)) * batch_size  # exact: in floats, 0.29 * 100 < 29
 

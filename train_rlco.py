@@ -165,8 +165,8 @@ def main(args: Args):
     if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
     demos = Path(f"demos/{args.task}-{args.target}")
-    real = data.load_dataset(args.real or demos, num_episodes=args.num_real)
-    held_out = data.load_dataset(args.real_val or demos.with_name(f"{demos.name}-val"))
+    real = data.load_dataset(args.real or demos, num_episodes=args.num_real, fps=envs.CONTROL_HZ)
+    held_out = data.load_dataset(args.real_val or demos.with_name(f"{demos.name}-val"), fps=envs.CONTROL_HZ)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)

@@ -83,9 +83,10 @@ def main(args: Args):
                  val=args.real_val or Path(f"demos/{args.task}-{args.target}-val"))
     if not (args.sim or args.real or args.real_val) and not all(path.exists() for path in demos.values()):
         data.main(data.Args(task=args.task, target=args.target))
-    real = data.load_dataset(demos["real"], num_episodes=args.num_real) if args.alpha < 1 else None
-    sim = data.load_dataset(demos["sim"]) if args.alpha > 0 else None
-    val = data.load_dataset(demos["val"])
+    hz = envs.CONTROL_HZ
+    real = data.load_dataset(demos["real"], num_episodes=args.num_real, fps=hz) if args.alpha < 1 else None
+    sim = data.load_dataset(demos["sim"], fps=hz) if args.alpha > 0 else None
+    val = data.load_dataset(demos["val"], fps=hz)
 
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"

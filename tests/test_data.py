@@ -251,6 +251,7 @@ BROKEN = {
     "corrupt info": (lambda r: truncate(r / "meta/info.json"), r"info\.json: corrupt"),
     "incomplete info": (lambda r: edit_info(r, lambda i: i.pop("fps")), "meta: .*'fps'"),
     "unknown version": (lambda r: edit_info(r, lambda i: i.update(codebase_version="v1.6")), "codebase_version v1.6"),
+    "other rate": (lambda r: edit_info(r, lambda i: i.update(fps=30)), "is recorded at 30 Hz, not at 10 Hz"),
     "no action": (lambda r: edit_info(r, lambda i: i["features"].pop(ACTION)), "action has shape None"),
     "two cameras": (lambda r: edit_info(r, lambda i: i["features"].update(a=i["features"][IMAGE],
                                                                           b=i["features"].pop(IMAGE))),
@@ -283,7 +284,7 @@ def test_bad_dataset_is_one_clear_line(folder, tmp_path, case, max_bytes):
     damage, message = BROKEN[case]
     damage(root)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        load_dataset(root, max_bytes)
+        load_dataset(root, max_bytes, fps=10)
     assert str(root) in str(error.value) and "\n" not in str(error.value)
 
 

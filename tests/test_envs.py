@@ -1,5 +1,6 @@
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,6 +233,15 @@ def test_auto_reset_gives_the_next_first_and_the_last_observation(twin):
         twin.reset(seed=[12 + row])  # the environment's next episode
         torch.testing.assert_close(obs["image"][row], twin.observe()["image"][0], atol=0, rtol=0)
     world.close()
+
+
+def test_the_readmes_own_task_works(monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = next(block for block in readme.split("```python\n") if "class LiftBlock" in block).split("```")[0]
+    exec(code, vars(envs), namespace := {})
+    monkeypatch.setitem(envs.TASKS, "lift_block", namespace["LiftBlock"])
+    for domain in (envs.TWIN, envs.STANDIN):
+        assert all(envs.demonstrate("lift_block", domain, seed)["success"] for seed in range(5))
 
 
 def test_a_failing_worker_says_why():

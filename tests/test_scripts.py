@@ -4,9 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+import train_sft
 
 ROOT = Path(__file__).parent.parent
 STAGE_1 = "train_sft.py --steps 6 --batch-size 8 --evaluations 2 --eval-episodes 2 --num-envs 1".split()
@@ -72,6 +76,34 @@ def test_a_second_run_reuses_and_a_killed_one_resumes(folder):
     before = (folder / "runs/rlco/trainer.pt").read_bytes()
     output = run(folder, *STAGE_2, "--iterations", "9", "--target-kl", "-1", "--out", "runs/stopped", ok=False)
     assert "--target-kl" in output and (folder / "runs/rlco/trainer.pt").read_bytes() == before
+
+
+def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypatch):
+    """Bit for bit: weights, optimizer, schedule, random numbers and batches. Nothing is evaluated, which takes no part."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train_sft.envs, "VecEnv", lambda *_: SimpleNamespace(close=lambda: None))
+    result = {"eval/success_twin": 0.5}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for name, validates in (("straight", [lambda *_: result]), ("resumed", [killed, lambda *_: result])):
+        args = train_sft.Args(steps=102, batch_size=2, evaluations=1, out=Path(name))
+        for validate in validates:
+            monkeypatch.setattr(train_sft.envs, "validate", validate)
+            with nullcontext() if validate is not killed else pytest.raises(KeyboardInterrupt):
+                train_sft.main(args)
+    assert Path("straight/last/model.safetensors").read_bytes() == Path("resumed/last/model.safetensors").read_bytes()
+
+
+def test_a_resumed_stage_2_goes_on_with_the_same_random_numbers(folder):
+    """Not bit for bit: PhysX remembers earlier episodes of its process in the last digits."""
+    run(folder, *STAGE_2, "--iterations", "3", "--out", "runs/straight")
+    run(folder, *STAGE_2, "--iterations", "2", "--out", "runs/resumed")
+    run(folder, *STAGE_2, "--iterations", "3", "--out", "runs/resumed")
+    straight, resumed = (json.loads((folder / f"runs/{name}/metrics.json").read_text())[2] for name in ("straight", "resumed"))
+    for key in ("loss/anchor", "loss/ppo", "loss/approx_kl", "rollout/return"):
+        assert resumed[key] == pytest.approx(straight[key], rel=0.02, abs=1e-4), key
 
 
 def test_missing_input_is_one_line_that_says_what_makes_it(folder, tmp_path):
