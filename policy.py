@@ -999,7 +999,8 @@ def read_config(folder: Path, tensors: dict) -> dict:
             theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
             raw["llm"] = {**config["llm"], **text, "rope_theta": theta}
             raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
-        raw["llm"] = {k: v for k, v in raw.get("llm", config["llm"]).items() if k in config["llm"]}
+        keys = (*config["llm"], "attention_bias", "mlp_bias", "head_dim", "hidden_act")
+        raw["llm"] = {k: v for k, v in raw.get("llm", config["llm"]).items() if k in keys}
     else:
         raise ValueError(f"the *.safetensors in {folder} are neither pi0.5's (no {LM_HEAD}) nor OpenVLA's (no "
                          "projector.fc1.weight): is model.safetensors missing?")

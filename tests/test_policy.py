@@ -573,6 +573,11 @@ def test_openvla_folder(tmp_path, openvla):
                  "text_config": {"vocab_size": 32064, "hidden_size": 4096, "model_type": "llama"}}
     (tmp_path / "pub/config.json").write_text(json.dumps(published))
     assert P.read_config(tmp_path / "pub", {"projector.fc1.weight": torch.zeros(1)}) == P.PRESETS["openvla-7b"]
+    published["text_config"] |= {"attention_bias": True, "num_key_value_heads": 8, "rope_theta": 5e5}
+    (tmp_path / "pub/config.json").write_text(json.dumps(published))
+    llm = P.read_config(tmp_path / "pub", {"projector.fc1.weight": torch.zeros(1)})["llm"]
+    assert llm == {**P.PRESETS["openvla-7b"]["llm"], **{k: published["text_config"][k] for k in (
+        "attention_bias", "num_key_value_heads", "rope_theta")}}
 
 
 def test_shards(tmp_path, monkeypatch):
