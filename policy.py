@@ -193,7 +193,7 @@ def masked_mean(loss: torch.Tensor, keep: torch.Tensor, reduce: bool) -> torch.T
     return loss.mean() if reduce else loss
 
 
-def put(file: Path, content) -> None:
+def write_file(file: Path, content) -> None:
     """Write tensors, bytes or JSON whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f".{file.name}.tmp")
@@ -292,10 +292,12 @@ class Policy(nn.Module):
                 w = m.base_layer.weight
                 state[f"{name}.base_layer.weight"] = (w.float() + m.get_delta_weight("default").float()).to(w.dtype)
             state = {k: v for k, v in state.items() if "lora_" not in k}
-        for file in sorted(self.source.rglob("*")) if self.source else ():
-            if (file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith(".index.json")
-                    and folder.resolve() not in file.resolve().parents):
-                put(folder / file.relative_to(self.source), file.read_bytes())
+        target = folder.resolve()
+        source = self.source.resolve() if self.source else target
+        for file in sorted(source.rglob("*")) if source != target else ():
+            own = file.is_relative_to(target) and not source.is_relative_to(target)  # saved there before
+            if file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith(".index.json") and not own:
+                write_file(folder / file.relative_to(source), file.read_bytes())
         (folder / "rlco.json").unlink(missing_ok=True)  # lerobot's layout alone has it
         heads = {k: v for k, v in state.items() if k.startswith(HEADS) or "lora_" in k}
         tensors = {k.replace(".base_layer.", "."): v for k, v in state.items() if k not in heads}
@@ -303,18 +305,18 @@ class Policy(nn.Module):
         plan = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB" if layout == "openvla" else "1TB",
                                                   filename_pattern="model{suffix}.safetensors")
         for name, keys in plan.filename_to_tensors.items():
-            put(folder / name, {k: tensors[k] for k in keys})
+            write_file(folder / name, {k: tensors[k] for k in keys})
         for file in folder.glob("model*.safetensors*"):
             if file.name not in plan.filename_to_tensors:
                 file.unlink()  # of another number of shards
         if plan.is_sharded:
-            put(folder / "model.safetensors.index.json",
+            write_file(folder / "model.safetensors.index.json",
                 {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
         if self.tokenizer is not None and not (self.source and (self.source / "tokenizer.json").is_file()):
-            put(folder / "tokenizer.json", self.tokenizer.to_str().encode())  # a form that older libraries do not read
-        put(folder / "heads.safetensors", heads)
-        put(folder / "stats.json", self.stats or {})
-        put(folder / "config.json", config)
+            write_file(folder / "tokenizer.json", self.tokenizer.to_str().encode())  # older libraries cannot read it
+        write_file(folder / "heads.safetensors", heads)
+        write_file(folder / "stats.json", self.stats or {})
+        write_file(folder / "config.json", config)
 
 
 # ---- pi0.5 ------------------------------------------------------------------------------------------------------
@@ -898,7 +900,7 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
         policy = (Pi05 if config["type"] == "pi05" else OpenVLA)(config, stats, tokenizer)
     if not preset:
         policy.stats, policy.source = stats or read_stats(folder, config), folder
-        fill(policy, tensors, dtype, device)
+        load_weights(policy, tensors, dtype, device)
         return policy
     if policy.device.type != "meta":
         with torch.no_grad():
@@ -908,7 +910,7 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
     return policy
 
 
-def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) -> None:
+def load_weights(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) -> None:
     """Put checkpoint tensors into a policy on the meta device, one at a time and without a second copy."""
     if any("lora_" in k for k in tensors):
         policy.add_lora()
@@ -1042,7 +1044,7 @@ def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> t
             "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
     tied = tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr()
     if layout == "lerobot":
-        put(folder / "rlco.json", config)
+        write_file(folder / "rlco.json", config)
         tensors = {f"model.{k}": v.clone() if k == LM_HEAD and tied else v for k, v in tensors.items()}
         return tensors, lerobot_config(policy, folder)
     if tied:
@@ -1050,7 +1052,7 @@ def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> t
     theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
               for o, t in OPENPI_STATS.items() if o in stats}
     for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
-        put(file, {"norm_stats": theirs})
+        write_file(file, {"norm_stats": theirs})
     return tensors, {**OPENPI_CONFIG, **config}
 
 
@@ -1077,8 +1079,8 @@ def lerobot_config(policy: Pi05, folder: Path) -> dict:
         for i, entry in enumerate(entries):
             if "normalizer" in entry["registry_name"] and flat:
                 entry["state_file"] = f"{name}_step_{i}_{entry['registry_name']}.safetensors"
-                put(folder / entry["state_file"], flat)
-        put(folder / f"{name}.json", {"name": name, "steps": entries})
+                write_file(folder / entry["state_file"], flat)
+        write_file(folder / f"{name}.json", {"name": name, "steps": entries})
     return {"type": "pi05", **OPENPI_CONFIG, **{t: config[o] for t, o in LEROBOT_CONFIG.items()},
             "image_resolution": [size, size], "normalization_mapping": modes, "input_features": inputs,
             "output_features": outputs}

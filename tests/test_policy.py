@@ -560,6 +560,11 @@ def test_openvla_folder(tmp_path, openvla):
     P.load_policy(tmp_path / "own").save(tmp_path / "out", layout="openvla")  # as after fine-tuning
     # transformers 4.40.1, which OpenVLA pins, needs each of these, and reads no tokenizer.json that was written anew
     assert {name: (tmp_path / "out" / name).read_text() for name in theirs} == theirs
+    P.load_policy(tmp_path / "own").save(tmp_path, layout="openvla")  # into a folder round the one it came from
+    assert {name: (tmp_path / name).read_text() for name in theirs} == theirs
+    P.load_policy(tmp_path / "own").save(tmp_path / "own/out", layout="openvla")
+    P.load_policy(tmp_path / "own").save(tmp_path / "own/out", layout="openvla")  # and into it, where it is not a part
+    assert not (tmp_path / "own/out/out").exists()
     assert P.load_policy(tmp_path / "out", unnorm_key="another").stats["action"]["q99"] == [2] * 7  # not stats.json's
     assert same(load_file(tmp_path / "out/model.safetensors"), load_file(DATA / "openvla/golden_weights.safetensors"))
     written = json.loads((tmp_path / "out/config.json").read_text())
