@@ -193,7 +193,7 @@ def masked_mean(loss: torch.Tensor, keep: torch.Tensor, reduce: bool) -> torch.T
     return loss.mean() if reduce else loss
 
 
-def put(file: Path, content) -> None:
+def write_file(file: Path, content) -> None:
     """Write tensors, bytes or JSON whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f".{file.name}.tmp")
@@ -223,7 +223,7 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     def stat(self, key: str) -> dict:
-        if not self.stats or key not in self.stats:
+        if "q01" not in (self.stats or {}).get(key, {}):
             raise ValueError(f"this policy has no statistics of {key}: give load_policy(stats=...) the training data's"
                              + (f", or unnorm_key= one of {sorted(k)}" if (k := self.config.get("norm_stats")) else ""))
         return self.stats[key]
@@ -282,8 +282,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def save(self, folder: str | Path, layout: str | None = None) -> None:
         """Write a checkpoint folder, each file whole or not at all: all of this policy, or with `layout` "openpi",
-        "lerobot" or "openvla" what that project's code loads (LoRA merged in, the files it came with copied). What RL
-        adds is beside in heads.safetensors."""
+        "lerobot" or "openvla" what that project's code loads (LoRA merged in). What RL adds is beside in
+        heads.safetensors, and the processor, tokenizer and code files that a checkpoint came with go along."""
         folder, state = Path(folder), self.state_dict()
         if layout not in (None, *self.LAYOUTS):
             raise ValueError(f"a {self.config['type']} policy is saved as {' or '.join(self.LAYOUTS)}, not as {layout}")
@@ -292,10 +292,12 @@ class Policy(nn.Module):
                 w = m.base_layer.weight
                 state[f"{name}.base_layer.weight"] = (w.float() + m.get_delta_weight("default").float()).to(w.dtype)
             state = {k: v for k, v in state.items() if "lora_" not in k}
-            for file in sorted(self.source.rglob("*")) if self.source else ():
-                if (file.suffix in (".json", ".py", ".model", ".txt") and folder.resolve() not in file.resolve().parents
-                        and not file.name.endswith((".index.json", "config.json", "rlco.json"))):
-                    put(folder / file.relative_to(self.source), file.read_bytes())
+        target = folder.resolve()
+        source = self.source.resolve() if self.source else target
+        for file in sorted(source.rglob("*")) if source != target else ():
+            own = file.is_relative_to(target) and not source.is_relative_to(target)  # saved there before
+            if file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith(".index.json") and not own:
+                write_file(folder / file.relative_to(source), file.read_bytes())
         (folder / "rlco.json").unlink(missing_ok=True)  # lerobot's layout alone has it
         heads = {k: v for k, v in state.items() if k.startswith(HEADS) or "lora_" in k}
         tensors = {k.replace(".base_layer.", "."): v for k, v in state.items() if k not in heads}
@@ -303,18 +305,18 @@ class Policy(nn.Module):
         plan = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB" if layout == "openvla" else "1TB",
                                                   filename_pattern="model{suffix}.safetensors")
         for name, keys in plan.filename_to_tensors.items():
-            put(folder / name, {k: tensors[k] for k in keys})
+            write_file(folder / name, {k: tensors[k] for k in keys})
         for file in folder.glob("model*.safetensors*"):
             if file.name not in plan.filename_to_tensors:
                 file.unlink()  # of another number of shards
         if plan.is_sharded:
-            put(folder / "model.safetensors.index.json",
+            write_file(folder / "model.safetensors.index.json",
                 {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-        if self.tokenizer is not None:
-            put(folder / "tokenizer.json", self.tokenizer.to_str().encode())
-        put(folder / "heads.safetensors", heads)
-        put(folder / "stats.json", self.stats or {})
-        put(folder / "config.json", config)
+        if self.tokenizer is not None and not (self.source and (self.source / "tokenizer.json").is_file()):
+            write_file(folder / "tokenizer.json", self.tokenizer.to_str().encode())  # older libraries cannot read it
+        write_file(folder / "heads.safetensors", heads)
+        write_file(folder / "stats.json", self.stats or {})
+        write_file(folder / "config.json", config)
 
 
 # ---- pi0.5 ------------------------------------------------------------------------------------------------------
@@ -890,10 +892,7 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
                                         f"no such model ({type(error).__name__})") from None
         tensors = read_tensors(folder)
         config, file = read_config(folder, tensors), folder / "tokenizer.json"
-        try:
-            tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
-        except Exception as error:  # the library has no narrower one
-            raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
+        tokenizer = read_file(file) if file.is_file() else None
     if unknown := set(overrides) - set(config) - {"unnorm_key"}:
         raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(config))}")
     config = {**config, **overrides}
@@ -901,7 +900,7 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
         policy = (Pi05 if config["type"] == "pi05" else OpenVLA)(config, stats, tokenizer)
     if not preset:
         policy.stats, policy.source = stats or read_stats(folder, config), folder
-        fill(policy, tensors, dtype, device)
+        load_weights(policy, tensors, dtype, device)
         return policy
     if policy.device.type != "meta":
         with torch.no_grad():
@@ -911,7 +910,7 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
     return policy
 
 
-def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) -> None:
+def load_weights(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) -> None:
     """Put checkpoint tensors into a policy on the meta device, one at a time and without a second copy."""
     if any("lora_" in k for k in tensors):
         policy.add_lora()
@@ -929,7 +928,7 @@ def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) 
                                      for k, v in want.items() if k in tensors and tensors[k].shape != v.shape]}
     if any(problems.values()):
         raise ValueError(f"{policy.source} does not fit its configuration: "
-                         + "; ".join(f"{len(v)} {k}: {', '.join(v)}" for k, v in problems.items() if v))
+                         + "; ".join(f"{len(v)} {k}: {by_layer(v)}" for k, v in problems.items() if v))
     if tied := pi05 and torch.equal(tensors[LM_HEAD], tensors[EMBED]):
         del tensors[LM_HEAD]
     for k, v in tensors.items():  # copied: file mappings are not aligned as CPU kernels want, and files change
@@ -944,15 +943,24 @@ def fill(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) 
         policy.language_model.model.rotary_emb = LlamaRotaryEmbedding(policy.llama).to(device)
 
 
+def by_layer(keys: list[str]) -> str:
+    """All keys, in a readable few: those that differ in the layer's number alone as one (layers.{3..29}.mlp.weight)."""
+    layers = {}
+    for key in keys:
+        head, *rest = re.split(r"(?<=\.)(\d+)(?=\.)", key, maxsplit=1)
+        layers.setdefault((head, *rest[1:]), []).extend(rest[:1])
+    def short(n: list[str]) -> str:
+        run = len(n) > 2 and int(n[-1]) - int(n[0]) == len(n) - 1
+        return "{" + (f"{n[0]}..{n[-1]}" if run else ",".join(n)) + "}" if len(n) > 1 else "".join(n)
+    return ", ".join(short(n).join(parts) for parts, n in layers.items())
+
+
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a folder, mapped from disk, under our names."""
     files = [f for f in sorted(folder.glob("*.safetensors")) if "processor" not in f.name]
     tensors = {}
     for file in files or sorted(folder.glob("**/full_weights.pt")):  # .pt: RLinf's trainer
-        try:
-            tensors |= load_file(file) if files else torch.load(file, "cpu", mmap=True, weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
+        tensors |= read_file(file)
     if not tensors:
         raise FileNotFoundError(f"{folder} has no *.safetensors file: it is no checkpoint")
     for pattern, to in RENAMES:
@@ -960,20 +968,29 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for k, v in tensors.items() if not k.startswith("noise_head.logvar_")}  # ours: config's noise_std
 
 
-def read_json(file: Path) -> dict:
+def read_file(file: Path):
+    """What a file of a checkpoint holds, or one line that names it."""
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        if file.name == "tokenizer.json":
+            return Tokenizer.from_file(str(file))
+        if file.suffix == ".json":
+            return json.loads(file.read_text())
+        if file.suffix == ".pt":
+            return torch.load(file, "cpu", mmap=True, weights_only=True)
+        return load_file(file)
+    except Exception as error:  # the libraries have no narrower one
         raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
 
 
 def read_config(folder: Path, tensors: dict) -> dict:
     """Our settings from any layout's config; the family is told by the key names."""
     files = [f for f in (folder / "rlco.json", folder / "config.json", *folder.glob("*_config.json")) if f.is_file()]
-    try:
-        raw = read_json(files[0]) if files else {}
-    except ValueError as error:
-        raise ValueError(f"{files[0]} is no JSON ({error})") from None
+    raw = read_file(files[0]) if files else {}
+    hidden = [len(v) for k, v in sorted(tensors.items()) if re.fullmatch(r"value_head\.\d\.weight", k)]
+    lost = ("config.json" if not files and (folder / "heads.safetensors").is_file() else
+            "heads.safetensors" if "value_hidden" in raw and not hidden else None)  # only our own say value_hidden
+    if lost:
+        raise FileNotFoundError(f"{folder} has lost its {lost}: copy it again")
     if (words := tensors.get(EMBED, tensors.get(LM_HEAD))) is not None:
         config, extra = PRESETS["pi05"], ("min_period", "max_period")
         raw |= {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
@@ -984,45 +1001,50 @@ def read_config(folder: Path, tensors: dict) -> dict:
             theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
             raw["llm"] = {**config["llm"], **text, "rope_theta": theta}
             raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
-        raw["llm"] = {k: v for k, v in raw.get("llm", config["llm"]).items() if k in config["llm"]}
+        keys = (*config["llm"], "attention_bias", "mlp_bias", "head_dim", "hidden_act")
+        raw["llm"] = {k: v for k, v in raw.get("llm", config["llm"]).items() if k in keys}
     else:
-        raise ValueError(f"{folder} is neither pi0.5 (no {LM_HEAD}) nor OpenVLA (no projector.fc1.weight)")
+        raise ValueError(f"the *.safetensors in {folder} are neither pi0.5's (no {LM_HEAD}) nor OpenVLA's (no "
+                         "projector.fc1.weight): is model.safetensors missing?")
     config = {**config, **{k: v for k, v in raw.items() if k in (*config, *extra)}, "type": config["type"]}
-    hidden = [len(v) for k, v in sorted(tensors.items()) if re.fullmatch(r"value_head\.\d\.weight", k)]
     return {**config, "value_hidden": hidden[:-1] or config["value_hidden"],
             "chunk": min(config["chunk"], config["action_horizon"])}
 
 
 def read_stats(folder: Path, config: dict) -> dict | None:
-    """Statistics in LeRobot's form from whichever file the layout keeps them in."""
-    if (file := folder / "stats.json").is_file():
-        return read_json(file)
-    stats = {}
+    """Statistics in LeRobot's form from whichever file the layout keeps them in; an unnorm_key goes before these."""
+    stats, sets, key = {}, config.get("norm_stats") or {}, config.get("unnorm_key")
     for file in sorted(folder.glob("policy_preprocessor*.safetensors")):  # lerobot
-        for key, value in load_file(file).items():
-            stats.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = value.flatten().tolist()
+        for name, value in read_file(file).items():
+            feature, _, kind = name.rpartition(".")
+            stats.setdefault(feature, {})[kind] = value.flatten().tolist()
     for file in sorted(folder.glob("**/norm_stats.json"))[:1]:  # openpi, RLinf
-        theirs = read_json(file)["norm_stats"]
+        theirs = read_file(file)["norm_stats"]
         stats |= {o: theirs[t] for o, t in OPENPI_STATS.items() if t in theirs}
-    sets = config.get("norm_stats") or {}  # OpenVLA
-    key = config.get("unnorm_key") or (next(iter(sets)) if len(sets) == 1 else None)
+    if (file := folder / "stats.json").is_file():  # ours
+        stats = read_file(file)
+    elif len(sets) == 1:
+        key = next(iter(sets))
     if key and key not in sets:
         raise ValueError(f"{folder} has no statistics {key}; unnorm_key can be {', '.join(sorted(sets))}")
-    return stats or ({"action": sets[key]["action"]} if key else None)
+    return stats | ({"action": sets[key]["action"]} if key else {})
 
 
 def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> tuple[dict, dict]:
     """Weights and config.json as others' code wants them; writes the statistics where it looks for them."""
-    config, stats = policy.config, policy.stats or {}
+    stats = policy.stats or {}
+    config = {k: v for k, v in policy.config.items() if k != "value_hidden" or not layout}  # it promises heads
     if config["type"] == "openvla":
-        ours = {config.get("unnorm_key") or "rlco": {"action": stats["action"]}} if "action" in stats else {}
+        sets, key = dict(config.get("norm_stats") or {}), config.get("unnorm_key") or "rlco"
+        if "action" in stats:
+            sets[key] = {**sets.get(key, {}), "action": stats["action"]}
         return tensors, {
-            **OPENVLA_CONFIG, **config, "norm_stats": {**(config.get("norm_stats") or {}), **ours},
+            **OPENVLA_CONFIG, **config, "norm_stats": sets,
             "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
             "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
     tied = tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr()
     if layout == "lerobot":
-        put(folder / "rlco.json", config)
+        write_file(folder / "rlco.json", config)
         tensors = {f"model.{k}": v.clone() if k == LM_HEAD and tied else v for k, v in tensors.items()}
         return tensors, lerobot_config(policy, folder)
     if tied:
@@ -1030,7 +1052,7 @@ def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> t
     theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
               for o, t in OPENPI_STATS.items() if o in stats}
     for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
-        put(file, {"norm_stats": theirs})
+        write_file(file, {"norm_stats": theirs})
     return tensors, {**OPENPI_CONFIG, **config}
 
 
@@ -1057,8 +1079,8 @@ def lerobot_config(policy: Pi05, folder: Path) -> dict:
         for i, entry in enumerate(entries):
             if "normalizer" in entry["registry_name"] and flat:
                 entry["state_file"] = f"{name}_step_{i}_{entry['registry_name']}.safetensors"
-                put(folder / entry["state_file"], flat)
-        put(folder / f"{name}.json", {"name": name, "steps": entries})
+                write_file(folder / entry["state_file"], flat)
+        write_file(folder / f"{name}.json", {"name": name, "steps": entries})
     return {"type": "pi05", **OPENPI_CONFIG, **{t: config[o] for t, o in LEROBOT_CONFIG.items()},
             "image_resolution": [size, size], "normalization_mapping": modes, "input_features": inputs,
             "output_features": outputs}

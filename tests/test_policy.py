@@ -413,6 +413,62 @@ def test_full_size_keys(name, preset):
     assert policy.value_head[0].weight.shape == (512, {"pi05": 2048, "openvla": 4096}[name])
 
 
+def test_full_size_configs(tmp_path):
+    """What shapes do not show. The published code builds itself from these files, and refuses unknown fields (lerobot)
+    or silently takes a default (OpenVLA), so each is compared whole with what it needs."""
+    gemma = {"depth": 18, "num_heads": 8, "num_kv_heads": 1, "head_dim": 256}
+    sizes = {
+        "vision": {"image_size": 224, "patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27,
+                   "num_attention_heads": 16, "intermediate_size": 4304},
+        "vlm": {"width": 2048, "mlp_dim": 16384, "vocab_size": 257152, **gemma},
+        "action_expert": {"width": 1024, "mlp_dim": 4096, **gemma},
+        "dino": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096, "reg_tokens": 4},
+        "siglip": {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_hidden": 4304},
+        "llm": {"vocab_size": 32064, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+                "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                "max_position_embeddings": 2048}}
+    for key, value in sizes.items():
+        assert P.PRESETS["pi05" if key in P.PRESETS["pi05"] else "openvla-7b"][key] == value, key
+
+    dim = {"mean": [0.0] * 7, "std": [1.0] * 7, "q01": [-1.0] * 7, "q99": [1.0] * 7}
+    stats = {"observation.state": dim, "action": dim}
+    openvla = P.load_policy("openvla-7b", stats=stats, device="meta")
+    config = P.export(openvla, {}, tmp_path, "openvla")[1]
+    prismatic = {
+        "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "n_action_bins": 256,
+        "arch_specifier": "no-align+fused-gelu-mlp", "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "llama2-7b-pure", "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
+        "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
+                     "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
+        "pad_token_id": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_to_multiple_of": 64, "llm_max_length": 2048,
+        "output_projector_states": False, "norm_stats": {"rlco": {"action": dim}},
+        "text_config": {"model_type": "llama", "pad_token_id": 32000, **sizes["llm"]}}
+    assert {k: config.get(k) for k in prismatic} == prismatic
+
+    pi05 = P.load_policy("pi05", stats=stats, device="meta")
+    tied = {P.LM_HEAD: torch.zeros(1), P.EMBED: torch.zeros(1)}
+    config = P.export(pi05, tied, tmp_path, "lerobot")[1]
+    assert config == {
+        "type": "pi05", "paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m", "chunk_size": 8,
+        "n_action_steps": 4, "num_inference_steps": 4, "tokenizer_max_length": 200, "max_action_dim": 32,
+        "image_resolution": [224, 224],
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"},
+        "input_features": {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, 224, 224]},
+                           "observation.state": {"type": "STATE", "shape": [7]}},
+        "output_features": {"action": {"type": "ACTION", "shape": [7]}}}
+    steps = [json.loads((tmp_path / f"policy_{name}processor.json").read_text())["steps"] for name in ("pre", "post")]
+    assert [[s["registry_name"] for s in pipeline] for pipeline in steps] == [
+        ["rename_observations_processor", "to_batch_processor", "normalizer_processor",
+         "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor", "device_processor"],
+        ["unnormalizer_processor", "device_processor"]]
+    assert steps[0][4]["config"]["tokenizer_name"] == "google/paligemma-3b-pt-224"
+    config = P.export(pi05, tied, tmp_path, "openpi")[1]
+    assert [config[k] for k in ("paligemma_variant", "action_expert_variant", "action_dim", "action_horizon")] == [
+        "gemma_2b", "gemma_300m", 32, 8]  # what openpi's converter writes, and its horizon as trained
+    assert json.loads((tmp_path / "assets/rlco/norm_stats.json").read_text())["norm_stats"] == {
+        "state": dim, "actions": dim}
+
+
 @pytest.mark.parametrize("prefix", ["", "model."])
 @pytest.mark.parametrize("untied", [False, True])
 def test_pi05_layouts_round_trip(tmp_path, prefix, untied):
@@ -487,20 +543,33 @@ def test_openvla_folder(tmp_path, openvla):
     policy, io = openvla
     shutil.copytree(DATA / "openvla", tmp_path / "in")
     config = json.loads((tmp_path / "in/golden_config.json").read_text())
+    (tmp_path / "in/golden_config.json").unlink()
     sets = config["norm_stats"]
-    config["norm_stats"] = {**sets, "another": {"action": {"q01": [0] * 7, "q99": [2] * 7}}}
-    (tmp_path / "in/golden_config.json").write_text(json.dumps(config))
-    (tmp_path / "in/processing_prismatic.py").write_text("# theirs\n")
+    config["norm_stats"] = {**sets, "another": {"action": {"q01": [0] * 7, "q99": [2] * 7}, "num_trajectories": 3}}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    theirs = {"processing_prismatic.py": "# theirs\n", **{f"{name}_config.json": "{}" for name in (
+        "generation", "preprocessor", "processor", "tokenizer")}, "tokenizer.json": P.small_tokenizer().to_str() + "\n"}
+    for name, text in theirs.items():
+        (tmp_path / "in" / name).write_text(text)
     with pytest.raises(ValueError, match="unnorm_key= one of .*another.*made_up"):
         P.load_policy(tmp_path / "in").stat("action")
     with pytest.raises(ValueError, match="no statistics nonsense; unnorm_key can be another, made_up"):
         P.load_policy(tmp_path / "in", unnorm_key="nonsense")
     loaded = P.load_policy(tmp_path / "in", unnorm_key="made_up")
-    loaded.save(tmp_path / "out", layout="openvla")
+    loaded.save(tmp_path / "own")
+    P.load_policy(tmp_path / "own").save(tmp_path / "out", layout="openvla")  # as after fine-tuning
+    # transformers 4.40.1, which OpenVLA pins, needs each of these, and reads no tokenizer.json that was written anew
+    assert {name: (tmp_path / "out" / name).read_text() for name in theirs} == theirs
+    P.load_policy(tmp_path / "own").save(tmp_path, layout="openvla")  # into a folder round the one it came from
+    assert {name: (tmp_path / name).read_text() for name in theirs} == theirs
+    P.load_policy(tmp_path / "own").save(tmp_path / "own/out", layout="openvla")
+    P.load_policy(tmp_path / "own").save(tmp_path / "own/out", layout="openvla")  # and into it, where it is not a part
+    assert not (tmp_path / "own/out/out").exists()
+    assert P.load_policy(tmp_path / "out", unnorm_key="another").stats["action"]["q99"] == [2] * 7  # not stats.json's
     assert same(load_file(tmp_path / "out/model.safetensors"), load_file(DATA / "openvla/golden_weights.safetensors"))
     written = json.loads((tmp_path / "out/config.json").read_text())
     assert written["model_type"] == "openvla" and written["text_config"]["vocab_size"] == 576
-    assert written["norm_stats"] == config["norm_stats"] and (tmp_path / "out/processing_prismatic.py").is_file()
+    assert written["norm_stats"] == config["norm_stats"]
     again = P.load_policy(tmp_path / "out")
     assert same(again.state_dict(), loaded.state_dict()) and again.stats == loaded.stats
     # sizes from text_config alone, as published
@@ -509,6 +578,11 @@ def test_openvla_folder(tmp_path, openvla):
                  "text_config": {"vocab_size": 32064, "hidden_size": 4096, "model_type": "llama"}}
     (tmp_path / "pub/config.json").write_text(json.dumps(published))
     assert P.read_config(tmp_path / "pub", {"projector.fc1.weight": torch.zeros(1)}) == P.PRESETS["openvla-7b"]
+    published["text_config"] |= {"attention_bias": True, "num_key_value_heads": 8, "rope_theta": 5e5}
+    (tmp_path / "pub/config.json").write_text(json.dumps(published))
+    llm = P.read_config(tmp_path / "pub", {"projector.fc1.weight": torch.zeros(1)})["llm"]
+    assert llm == {**P.PRESETS["openvla-7b"]["llm"], **{k: published["text_config"][k] for k in (
+        "attention_bias", "num_key_value_heads", "rope_theta")}}
 
 
 def test_shards(tmp_path, monkeypatch):
@@ -572,15 +646,42 @@ def test_clear_errors(tmp_path):
         P.load_policy(tmp_path / "ok")
     (tmp_path / "ok/config.json").write_text("{")
     save_file(tensors, tmp_path / "ok/model.safetensors")
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is unreadable"):
         P.load_policy(tmp_path / "ok")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "stats.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "heads.safetensors", "config.json", "stats.json",
+                                  "tokenizer.json", "assets/rlco/norm_stats.json"])
 def test_a_corrupt_file_is_named_in_one_line(name, tmp_path):
     P.load_policy("tiny-pi05", stats={}).save(tmp_path)
     file = tmp_path / name
-    file.write_bytes(file.read_bytes()[:-9] if name != "stats.json" else b"{")
+    file.write_bytes(file.read_bytes()[:-9] if "stats" not in name else b"{")
     with pytest.raises(ValueError, match=re.escape(str(file))) as error:
         P.load_policy(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@BOTH
+def test_a_lost_part_is_named_in_one_line(name, tmp_path):
+    """Nothing is silently replaced by fresh weights, another adapter, or the published settings."""
+    policy = make(name)
+    policy.freeze("lora")
+    for lost, message in (("heads.safetensors", "has lost its heads.safetensors"),
+                          ("config.json", "has lost its config.json"),
+                          ("model.safetensors", "is model.safetensors missing")):
+        policy.save(tmp_path)
+        (tmp_path / lost).unlink()
+        with pytest.raises((FileNotFoundError, ValueError), match=message):
+            P.load_policy(tmp_path)
+    make(name).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    tower = config.get("vlm") or config["llm"]
+    tower["depth" if "depth" in tower else "num_hidden_layers"] = 30
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"243 missing: .*layers.\{3..29\}.mlp.up_proj.weight") as error:
+        P.load_policy(tmp_path)
+    assert len(str(error.value)) < 1500 and "\n" not in str(error.value)  # each of them named, yet readable
+    policy.stats = {"action": {"mean": [0.0] * 7, "std": [1.0] * 7}}  # a data set without quantiles
+    with pytest.raises(ValueError, match="no statistics of action"):
+        policy.sft_loss({**make_batch(policy, MIXED), "state": torch.zeros(3, 7)} if name == "tiny-openvla" else
+                        make_batch(policy, MIXED))
