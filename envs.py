@@ -189,6 +189,11 @@ def move_target(position, rotation, action, box):
     return position, rotation
 
 
+def finger_target(gripper):
+    """Where an action's gripper part (-1 .. +1) sends each finger (m): 1 cm past closed is what makes a grasp hold."""
+    return (gripper + 1) / 2 * (GRIPPER_OPEN + 0.01) - 0.01
+
+
 def proprioceptive_state(tcp, opening):
     """TCP pose [B,4,4] in the base frame, gripper opening [B,1] (-1 .. +1) -> state [B,7]: TCP x y z (m), roll pitch
     yaw (rad) from pointing down, opening."""
@@ -230,10 +235,9 @@ class DeltaPoseController(BaseController):
         action = torch.minimum(torch.maximum(action, -self.bound), self.bound)
         self.position, self.rotation = move_target(self.position, self.rotation, action, self.box)
         self.q_target = inverse_kinematics(self.q_target, self.position, self.rotation)
-        # commanding 1 cm past closed is what makes a grasp hold
-        finger = (action[:, 6:] + 1) / 2 * (GRIPPER_OPEN + 0.01) - 0.01
         self.articulation.set_joint_drive_targets(
-            torch.cat([self.q_target, finger.expand(-1, 2)], -1), self.joints, self.active_joint_indices)
+            torch.cat([self.q_target, finger_target(action[:, 6:]).expand(-1, 2)], -1), self.joints,
+            self.active_joint_indices)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
     python eval_real.py                                              # stage I beside stage II, the defaults' checkpoints
     python eval_real.py --policies runs/real_only/best runs/sft/best runs/rlco/best --episodes 200
+    python eval_real.py --target franka --robot-ip 172.16.0.2 --trials 20    # a real arm; --dry-run moves nothing
+    python eval_real.py --target align                               # the camera's picture over the twin's
     python eval_real.py --target server --policies runs/rlco/best    # for any robot, through openpi's client
 
 The stand-in is a second simulated domain that is never trained on by RL; it is not a real robot. Evaluation seeds are
@@ -12,19 +14,58 @@ import json
 import math
 import os
 import platform
+import select
+import signal
 import subprocess
+import sys
+import termios
 import threading
 import time
+import tty
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from PIL import Image
+from scipy.spatial.transform import Rotation
 
 import envs
 from policy import load_policy
+
+
+@dataclass
+class Rig:
+    """A Franka arm with its hand, and one camera. Whatever moves the arm keeps these limits."""
+
+    robot_ip: str = ""
+    """address of the arm's control box"""
+    camera: str = "realsense"
+    """"realsense", or what OpenCV opens: a number, a device, a file, a URL"""
+    camera_fov: float = 0.733
+    """vertical field of view of the camera's pictures, rad (RealSense D435: 0.733); they are cropped to the twin's"""
+    image_size: int = 64
+    """pixels of the square picture that the policy sees: those of its demonstrations"""
+    speed: float = 0.3
+    """limit of the TCP's speed, m/s"""
+    acceleration: float = 3.0
+    """limit of its acceleration, m/s²"""
+    rotation_speed: float = 1.0
+    """limit of its angular speed, rad/s; the angular acceleration's is ten times as much per second"""
+    max_step: float = 0.05
+    """longest displacement in one action, m: a longer one stops the arm before its chunk moves anything"""
+    max_turn: float = 0.2
+    """largest rotation in one action, rad: the same"""
+    workspace: tuple[tuple[float, float, float], tuple[float, float, float]] = envs.WORKSPACE
+    """box that commanded TCP positions are kept in, m, the base frame; its bottom keeps the fingers off the table"""
+    max_image_age: float = 0.5
+    """seconds without a new picture, or with one that does not change, after which the arm is stopped"""
+    max_silence: float = 0.5
+    """seconds without news from the arm or the hand after which the connection counts as lost"""
 
 
 @dataclass
@@ -36,8 +77,9 @@ class Args:
     task: str = "push_cube"
     """a task of envs.py"""
     target: str = "standin"
-    """where, beside the twin: a domain of envs.py (the stand-in plays the real robot); or "server": no evaluation, one
-    checkpoint is served over openpi's websocket protocol"""
+    """where, beside the twin: a domain of envs.py (the stand-in plays the real robot); or "franka": a real arm; or
+    "align": no evaluation, the camera's picture over the twin's; or "server": no evaluation, one checkpoint is served
+    over openpi's websocket protocol"""
     episodes: int = 100
     """episodes for each checkpoint and domain, the same for all of them"""
     num_envs: int = 32
@@ -46,6 +88,12 @@ class Args:
     """recorded episodes of each kind, successes and failures, of each checkpoint; 0 records nothing"""
     out: Path = Path("runs/eval")
     """folder of results.json and the videos"""
+    trials: int = 10
+    """franka: trials of each checkpoint"""
+    dry_run: bool = False
+    """franka: show what each checkpoint would command first, and move nothing"""
+    rig: tyro.conf.OmitArgPrefixes[Rig] = field(default_factory=Rig)
+    """franka, align"""
     host: str = "127.0.0.1"
     """address that the server listens on; only this machine can reach the default"""
     port: int = 8000
@@ -78,13 +126,18 @@ def main(args: Args):
                                 f"then `python train_rlco.py` runs/rlco/best")
     envs.check_task(args.task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.target not in (*envs.DOMAINS, "server") or args.episodes < 1:
-        raise ValueError(f"--target is one of {', '.join(envs.DOMAINS)} (envs.DOMAINS) or server, --episodes at least 1")
+    targets = (*envs.DOMAINS, "franka", "align", "server")
+    if args.target not in targets or args.episodes < 1 or args.trials < 1:
+        raise ValueError(f"--target is one of {', '.join(targets)}; --episodes and --trials are at least 1")
+    if args.target == "align":
+        return align(args)
     if args.target == "server" and len(args.policies) != 1:
         raise ValueError("a server has one checkpoint: name it with --policies")
     policies = {name: load_policy(name, device=device) for name in args.policies}
     if args.target == "server":
         return serve(policies[args.policies[0]], args)
+    if args.target == "franka":
+        return evaluate_franka(policies, args)
     names, repeat = list(dict.fromkeys(["twin", args.target])), provenance()
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -120,6 +173,458 @@ def main(args: Args):
         world.close()
     print(f"\n{table(results)}\n\n{args.task}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"
           f"{' and videos' if args.videos else ''} in {args.out}")
+
+
+# ---------------------------------------------------------------------------------------------------------- real robot
+class Stopped(Exception):
+    """Why the arm was stopped; it is at rest. The trial does not count."""
+
+
+class Camera:
+    """The newest picture of a camera, kept by a thread that also knows when the picture last changed."""
+
+    def __init__(self, rig: Rig):
+        self.rig, self.name, self.frame, self.closed = rig, rig.camera, None, False
+        self.arrived = self.changed = time.monotonic()
+        self.grab = self._realsense() if rig.camera == "realsense" else self._opencv()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        while self.frame is None and time.monotonic() < self.arrived + 10:
+            time.sleep(0.02)
+        if self.frame is None:
+            raise ValueError(f"camera {self.name} sends no picture")
+
+    def _realsense(self):
+        try:
+            import pyrealsense2 as rs
+        except ImportError:
+            raise SystemExit("a RealSense needs `pip install pyrealsense2`; or choose another --camera") from None
+        pipeline, config = rs.pipeline(), rs.config()
+        config.enable_stream(rs.stream.color, 640, 480, rs.format.rgb8, 30)
+        try:
+            pipeline.start(config)
+        except RuntimeError as error:
+            raise ValueError(f"no RealSense: {error}") from None
+        return lambda: np.array(pipeline.wait_for_frames(1000).get_color_frame().get_data())
+
+    def _opencv(self):
+        import cv2
+        video = cv2.VideoCapture(int(self.name) if self.name.isdigit() else self.name)
+        if not video.isOpened():
+            raise ValueError(f"OpenCV cannot open the camera {self.name}")
+        # a camera waits for its next picture by itself, a file does not
+        pause = 1 / (video.get(cv2.CAP_PROP_FPS) or 30) if video.get(cv2.CAP_PROP_FRAME_COUNT) > 0 else 0
+
+        def grab():
+            time.sleep(pause)
+            there, frame = video.read()
+            return frame[..., ::-1].copy() if there else None
+        return grab
+
+    def _watch(self):
+        while not self.closed:
+            try:
+                frame = self.grab()
+            except RuntimeError:  # a RealSense that is silent, or unplugged
+                frame = None
+            if frame is None:
+                time.sleep(0.01)
+                continue
+            self.arrived = time.monotonic()
+            if self.frame is None or frame.shape != self.frame.shape or (frame != self.frame).any():
+                self.changed = self.arrived  # a sensor's noise changes every picture of a live camera
+            self.frame = frame
+
+    def check(self):
+        now, limit = time.monotonic(), self.rig.max_image_age
+        if now - self.arrived > limit:
+            raise Stopped(f"camera {self.name}: no new picture for {now - self.arrived:.1f} s")
+        if now - self.changed > limit:
+            raise Stopped(f"camera {self.name}: the picture has been frozen for {now - self.changed:.1f} s")
+
+    def read(self, size: int):
+        """The newest picture as the twin's camera would have taken it, uint8 [size,size,3]: its square middle, no wider
+        than the twin's field of view."""
+        h, w = self.frame.shape[:2]
+        side = min(h, w, round(h * math.tan(envs.TWIN.camera_fov / 2) / math.tan(self.rig.camera_fov / 2)))
+        top, left = (h - side) // 2, (w - side) // 2
+        square = Image.fromarray(self.frame[top:top + side, left:left + side])
+        return np.asarray(square.resize((size, size), Image.BOX if side >= size else Image.BILINEAR))
+
+    def close(self):
+        self.closed = True
+        self.thread.join(2)
+
+
+class Franka:
+    """A Franka FR3 or Panda with its hand that understands the twin's actions and limits. A context manager: however
+    the block ends, the arm is at rest after it.
+
+    franka-rs runs the 1 kHz loop in a thread of its own and turns targets into motions within the limits of speed and
+    acceleration. Here are the targets: the twin's chain of commanded poses, at the twin's control rate.
+    """
+
+    def __init__(self, rig: Rig, camera: Camera, dry_run=False):
+        try:
+            import franka
+        except ImportError:
+            raise SystemExit("a Franka needs `pip install -r requirements-robot.txt`") from None
+        if not rig.robot_ip:
+            raise ValueError("--robot-ip is missing: the address of the arm's control box")
+        self.rig, self.camera, self.dry_run, self.franka, self.arm = rig, camera, dry_run, franka, None
+        self.box, self.position, self.rotation = torch.tensor(rig.workspace), None, None
+        self.fingers, self.pool, self.moving_fingers, self.kept_inside = None, ThreadPoolExecutor(1), None, 0
+        try:
+            self.robot = franka.Robot(rig.robot_ip)
+            self.hand = self.robot.gripper()
+            self.width = self.hand.read_once().width
+        except franka.FrankaError as error:
+            raise ConnectionError(f"no connection to a Franka and its hand at {rig.robot_ip}: {error}") from None
+        self.hand_heard = time.monotonic()
+        threading.Thread(target=self._listen_to_hand, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+        self.pool.shutdown(wait=False)
+
+    def _listen_to_hand(self):
+        try:
+            while True:
+                self.width, self.hand_heard = self.hand.read_once().width, time.monotonic()
+        except self.franka.FrankaError:
+            pass  # `watch` notices the silence
+
+    # what the arm knows -----------------------------------------------------------------------------------------------
+    def _read(self):
+        try:
+            return self.arm.state() if self.arm else self.robot.read_once()
+        except self.franka.FrankaError as error:
+            raise ConnectionError(f"the connection to the arm is lost: {error}") from None
+
+    def tcp(self):
+        """Measured TCP pose [1,4,4], by the twin's kinematics and not by the end effector that Desk is told of."""
+        return envs.panda_kinematics(torch.tensor(self._read().q, dtype=torch.float32)[None])[0]
+
+    def state(self):
+        """The policy's state [1,7]."""
+        return envs.proprioceptive_state(self.tcp(), torch.tensor([[self.width / 2 / envs.GRIPPER_OPEN * 2 - 1]]))
+
+    def watch(self, inside=True):
+        """Raise Stopped or ConnectionError, with the arm at rest, if it must not move on."""
+        now = time.monotonic()
+        try:
+            self.camera.check()
+            if self.arm:
+                if not self.arm.running:
+                    self._why_ended()
+                if (at := self._read().time) != self.heard[0]:
+                    self.heard = at, now
+                if now - self.heard[1] > self.rig.max_silence:
+                    raise ConnectionError(f"the arm has been silent for {now - self.heard[1]:.1f} s")
+            if now - self.hand_heard > self.rig.max_silence:
+                raise ConnectionError(f"the hand has been silent for {now - self.hand_heard:.1f} s")
+            tcp = self.tcp()[0, :3, 3]
+            if inside and self.arm and ((tcp < self.box[0] - 0.03) | (tcp > self.box[1] + 0.03)).any():
+                raise Stopped(f"the TCP is outside the workspace, at {[round(x, 3) for x in tcp.tolist()]}")
+        except BaseException:
+            self.stop()
+            raise
+
+    def _why_ended(self):
+        """Raise the reason for which the arm has ended its motion by itself."""
+        arm, self.arm = self.arm, None
+        try:
+            arm.stop()
+        except self.franka.ControlException as error:
+            raise Stopped(f"the arm has stopped itself: {error}") from None
+        except self.franka.FrankaError as error:
+            raise ConnectionError(f"the connection to the arm is lost: {error}") from None
+        raise Stopped("the arm has ended its motion")
+
+    # motion -----------------------------------------------------------------------------------------------------------
+    def needs_recovery(self) -> bool:
+        """Whether the arm is in a reflex, which only an operator may clear."""
+        if (mode := self._read().robot_mode) in ("user_stopped", "guiding", "other"):
+            raise Stopped(f"the arm cannot be moved, its mode is {mode}: release the stop button, unlock the joints")
+        return mode == "reflex"
+
+    def recover(self):
+        self.robot.automatic_error_recovery()
+
+    def start(self):
+        """Hold the present pose; actions are added to it."""
+        self.stop()
+        tcp = self.tcp()[0].double()
+        self.position, self.rotation = tcp[None, :3, 3].float(), tcp[None, :3, :3].float()
+        if self.dry_run:
+            return
+        rig = self.rig
+        try:
+            # beyond these N and Nm the arm stops with a reflex; lower ones the impedance law itself would reach
+            self.robot.set_collision_behavior_simple([40.0] * 7, [40.0] * 7, [40.0] * 6, [40.0] * 6)
+            self.arm = self.robot.cartesian_targets(
+                max_velocity=rig.speed, max_acceleration=rig.acceleration, max_jerk=100 * rig.acceleration,
+                max_angular_velocity=rig.rotation_speed, max_angular_acceleration=10 * rig.rotation_speed,
+                max_angular_jerk=1000 * rig.rotation_speed, max_deviation=1.5, max_angular_deviation=3.0)
+        except self.franka.FrankaError as error:
+            raise Stopped(f"the arm does not start: {error}") from None
+        self.heard = self.arm.state().time, time.monotonic()
+        # from the TCP to the frame that franka-rs steers, which depends on the end effector that Desk is told of
+        self.steered = torch.linalg.inv(tcp) @ torch.tensor(self.arm.target_pose())
+
+    def stop(self):
+        """Bring the arm to rest where it is; the fingers hold what they hold. Ends the control, `start` begins anew."""
+        arm, self.arm = self.arm, None
+        if arm is None:
+            return
+        try:
+            tcp = envs.panda_kinematics(torch.tensor(arm.state().q, dtype=torch.float32)[None])[0]
+            self._send(arm, tcp[:, :3, 3], tcp[:, :3, :3])
+            arm.stop()
+        except self.franka.FrankaError:
+            pass  # it has stopped already: it does so by itself when commands stay away
+
+    def _send(self, arm, position, rotation):
+        pose = torch.eye(4, dtype=torch.float64)
+        pose[:3, 3], pose[:3, :3] = position[0], rotation[0]
+        pose = (pose @ self.steered).numpy()
+        arm.move_to([*pose[:3, 3], *Rotation.from_matrix(pose[:3, :3]).as_quat()])
+
+    def check(self, actions):
+        """Raise Stopped, with the arm at rest, if one of the actions [C,7] is not to be executed."""
+        actions, rig = torch.as_tensor(actions), self.rig
+        steps, turns = actions[:, :3].norm(dim=-1), actions[:, 3:6].norm(dim=-1)
+        why = (f"not finite: {actions.tolist()}" if not actions.isfinite().all() else
+               f"a step of {steps.max():.3f} m, --max-step is {rig.max_step}" if steps.max() > rig.max_step else
+               f"a turn of {turns.max():.2f} rad, --max-turn is {rig.max_turn}" if turns.max() > rig.max_turn else None)
+        if why:
+            self.stop()
+            raise Stopped(f"refused an action: {why}")
+
+    def step(self, action):
+        """Execute one checked action [7], for one control period."""
+        due = time.monotonic() + 1 / envs.CONTROL_HZ
+        asked = self.position + action[None, :3]
+        self.position, self.rotation = envs.move_target(self.position, self.rotation, action[None], self.box)
+        self.kept_inside += bool((asked - self.position).abs().max() > 1e-6)
+        if self.dry_run:
+            target = torch.eye(4)[None]
+            target[:, :3, 3], target[:, :3, :3] = self.position, self.rotation
+            print("  target", *[f"{x:7.3f}" for x in envs.proprioceptive_state(target, action[None, 6:])[0].tolist()])
+        else:
+            self.watch()
+            self._send(self.arm, self.position, self.rotation)
+            self.move_fingers(float(action[6]))
+        self.rest(due)
+
+    def rest(self, due: float, inside=True):
+        """Wait until a time, watching."""
+        while (left := due - time.monotonic()) > 0:
+            time.sleep(min(left, 0.02))
+            self.watch(inside)
+
+    def move_fingers(self, gripper: float):
+        """Send the fingers to where the twin's would go. The hand takes a command at a time, so a new one waits."""
+        if self.moving_fingers and self.moving_fingers.done() and (error := self.moving_fingers.exception()):
+            self.moving_fingers = None
+            self.stop()
+            raise Stopped(f"the hand: {error}")
+        width = max(2 * envs.finger_target(gripper), 0)
+        width = 0 if width < 0.01 else width
+        if (self.fingers is not None and abs(width - self.fingers) < 0.01) or (
+                self.moving_fingers and not self.moving_fingers.done()):
+            return
+        self.fingers = width
+        self.moving_fingers = (self.pool.submit(self.hand.move, width, 0.1) if width else
+                               self.pool.submit(self.hand.grasp, 0.0, 0.1, 20.0, 0.1, 0.1))  # m, m/s, N; any width is one
+
+    def go_to(self, position, gripper: float):
+        """Take the TCP to a position [3], pointing down: up, across, down; the control ends there."""
+        self.start()
+        goal, here = torch.as_tensor(position).float()[None], self.position
+        height = max(float(here[0, 2]), float(goal[0, 2]), 0.2)
+        up, across = here.clone(), goal.clone()
+        up[0, 2] = across[0, 2] = height
+        self.move_fingers(gripper)
+        for start, end in ((here, up), (up, across), (across, goal)):
+            self.position, self.rotation = end, envs.POINTING_DOWN[None]
+            self._send(self.arm, self.position, self.rotation)
+            latest = time.monotonic() + 5 + 2 * float((end - start).norm()) / self.rig.speed
+            while (self.tcp()[0, :3, 3] - end[0]).norm() > 0.02:
+                if time.monotonic() > latest:
+                    self.stop()
+                    raise Stopped("the arm does not get to the start: something is in its way")
+                self.rest(time.monotonic() + 0.02, inside=False)
+        while not self.moving_fingers.done():
+            self.rest(time.monotonic() + 0.02, inside=False)
+        self.rest(time.monotonic() + 0.5, inside=False)
+        self.stop()
+
+
+class Keyboard:
+    """Single keys from the terminal; a context manager. Ctrl-C stays what it is."""
+
+    def __enter__(self):
+        self.saved = termios.tcgetattr(0) if sys.stdin.isatty() else None
+        if self.saved:
+            tty.setcbreak(0)
+        return self
+
+    def __exit__(self, *_):
+        if self.saved:
+            termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
+
+    def pressed(self) -> str:
+        """The keys pressed since the last call."""
+        keys = ""
+        while select.select([0], [], [], 0)[0]:
+            if not (key := os.read(0, 64).decode(errors="ignore")):
+                raise SystemExit("no keyboard: the standard input is closed")
+            keys += key
+        return keys
+
+    def ask(self, question: str, keys: str, meanwhile=lambda: time.sleep(0.02)) -> str:
+        """Wait for one of `keys`, with `meanwhile` called again and again. What was typed before does not count."""
+        self.pressed()
+        print(question, flush=True)
+        while True:
+            if key := [k for k in self.pressed().replace("\r", "\n") if k in keys]:
+                return key[0]
+            meanwhile()
+
+
+def show_overlay(camera: Camera, wanted, path: Path):
+    """Live picture, blend, and the twin's render `wanted` [H,W,3] side by side: to a file, and to a window if one can
+    be opened. Where the blend shows nothing double, the camera is aligned and the scene is as wanted."""
+    live = camera.read(len(wanted))
+    picture = np.concatenate([live, (live // 2 + wanted // 2), wanted], 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    Image.fromarray(picture).save(temporary)
+    os.replace(temporary, path)
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        import cv2
+        cv2.imshow("camera | blend | wanted", picture[..., ::-1])
+        cv2.waitKey(1)
+    time.sleep(0.2)
+
+
+def play(policy, robot: Franka, keyboard: Keyboard, instruction: str, max_steps: int) -> dict:
+    """One trial: picture, chunk, motion, until a key ends it or the steps are over.
+
+    The arm waits at the end of a chunk for the next one, as the twin does: a policy that is computed while the arm
+    moves sees a picture from before the motion, which it was never trained on. What that costs is reported: a decision
+    is late if it takes longer than a control period.
+    """
+    steps, thought, frames, key = 0, [], [], ""
+    robot.kept_inside = 0
+    robot.start()
+    while steps < max_steps and not key:
+        robot.watch()
+        asked = time.monotonic()
+        obs = dict(image=torch.tensor(robot.camera.read(robot.rig.image_size))[None], state=robot.state(),
+                   prompt=[instruction])
+        actions = policy.act(obs, sample=False).actions[0].float().cpu()
+        thought.append(time.monotonic() - asked)
+        robot.check(actions)
+        for action in actions[:max_steps - steps]:
+            robot.step(action)
+            frames.append(robot.camera.read(256))
+            steps += 1
+            if key := next((k for k in keyboard.pressed() if k in "yna"), ""):
+                break
+    robot.stop()
+    return dict(key=key, steps=steps, frames=frames, decisions=len(thought), kept_inside=robot.kept_inside,
+                late=sum(t > 1 / envs.CONTROL_HZ for t in thought), decision_ms=1000 * float(np.mean(thought)),
+                slowest_ms=1000 * max(thought))
+
+
+def evaluate_franka(policies: dict, args: Args):
+    """N trials of every checkpoint, from the same initial states, one state after the other; the operator arranges
+    them and judges. Saved after every trial; started again, it goes on with the first trial that is missing."""
+    path, rig, saved = args.out / "franka.json", args.rig, dict(task=args.task, trials=[], void=[])
+    seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.trials)
+    if path.exists() and (saved := json.loads(path.read_text()))["task"] != args.task:
+        raise ValueError(f"{path} is an evaluation of {saved['task']}: choose another folder with --out")
+    todo = [(seed, name) for seed in seeds for name in policies
+            if not any((t["seed"], t["policy"]) == (seed, name) for t in saved["trials"])]
+    if todo and saved["trials"]:
+        print(f"{path}: {len(saved['trials'])} trials are done, {len(todo)} to go")
+    for sig in (signal.SIGTERM, signal.SIGHUP):  # an arm comes to rest however the program is ended
+        signal.signal(sig, signal.default_int_handler)
+
+    def save():
+        results = []
+        for name in policies:
+            trials = [t for t in saved["trials"] if t["policy"] == name]
+            if trials:
+                wins = sum(t["success"] for t in trials)
+                results.append(dict(policy=name, domain="franka", task=args.task, episodes=len(trials), successes=wins,
+                                    success_rate=wins / len(trials), wilson=wilson(wins, len(trials)),
+                                    mean_length=float(np.mean([t["steps"] for t in trials]))))
+        write_json(path, dict(saved, results=results, args=json.loads(json.dumps(asdict(args), default=str)),
+                              **provenance()))
+        return results
+
+    def attempt(seed, name, number):
+        """One trial, or None if it does not count."""
+        env.reset(seed=[seed])
+        wanted, start = env.render_rgb_array()[0].cpu().numpy(), env.tcp.p[0].cpu()
+        if robot.needs_recovery():
+            if keyboard.ask("the arm is in a reflex. Is it free to move? y: recover, n: quit", "yn") == "n":
+                raise SystemExit("the arm is left in its reflex")
+            robot.recover()
+        keyboard.ask(f"{number}. Enter: the arm moves to its start; keep clear", "\n")
+        robot.go_to(start, env.start_gripper)
+        keyboard.ask(f"arrange the scene as in {overlay}. Enter: the policy starts. During the trial: y success, "
+                     f"n failure, a abort", "\n", lambda: show_overlay(camera, wanted, overlay))
+        played = play(policies[name], robot, keyboard, env.instruction, env.max_episode_steps)
+        key, frames = played.pop("key"), played.pop("frames")
+        if (key := key or keyboard.ask("success? y, n; a: abort, it does not count", "yna")) == "a":
+            raise Stopped("aborted by the operator")
+        print(f"{number}: {'success' if key == 'y' else 'failure'} after {played['steps']} steps; decisions took "
+              f"{played['decision_ms']:.0f} ms on average, {played['slowest_ms']:.0f} at most, {played['late']} of "
+              f"{played['decisions']} late; {played['kept_inside']} targets were kept inside the workspace")
+        envs.write_video(args.out / f"videos/{name.strip('./').replace('/', '-')}_franka_{seed}_"
+                                    f"{'success' if key == 'y' else 'failure'}.mp4", [frames])
+        return dict(policy=name, seed=seed, success=key == "y", **played)
+
+    if todo:
+        env, overlay = envs.make(args.task, envs.TWIN, video_size=512), args.out / "overlay.png"
+        with closing(Camera(rig)) as camera, Keyboard() as keyboard, Franka(rig, camera, args.dry_run) as robot:
+            while todo:
+                seed, name = todo[0]
+                number = f"trial {seed - seeds[0] + 1} of {args.trials}, {name}"
+                try:
+                    if args.dry_run:
+                        todo.pop(0)
+                        print(f"{number}, a dry run: targets x y z, roll pitch yaw, gripper; nothing moves")
+                        play(policies[name], robot, keyboard, env.instruction, policies[name].chunk)
+                        continue
+                    saved["trials"].append(attempt(seed, name, number))
+                    todo.pop(0)
+                except Stopped as why:
+                    print(f"{number}: it does not count. {why}")
+                    saved["void"].append(dict(policy=name, seed=seed, why=str(why)))
+                if not args.dry_run:
+                    save()
+    if not args.dry_run:
+        late, decisions = (sum(t[key] for t in saved["trials"]) for key in ("late", "decisions"))
+        print(f"\n{table(save())}\n\n{args.task}; {len(saved['void'])} attempts were stopped or aborted and do not count; "
+              f"{late} of {decisions} decisions were late; {path}, videos beside it")
+
+
+def align(args: Args):
+    """Show the camera's picture over the twin's until Enter, to mount the camera or to correct `envs.TWIN`."""
+    env, overlay = envs.make(args.task, envs.TWIN, video_size=512), args.out / "overlay.png"
+    env.reset(seed=[envs.SEEDS["evaluation"]])
+    wanted = env.render_rgb_array()[0].cpu().numpy()
+    with closing(Camera(args.rig)) as camera, Keyboard() as keyboard:
+        keyboard.ask(f"{overlay}: camera, both, twin; kept up to date until Enter", "\n",
+                     lambda: show_overlay(camera, wanted, overlay))
 
 
 # --------------------------------------------------------------------------------------------------------------- server

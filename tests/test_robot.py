@@ -1,12 +1,18 @@
 """The real path without an arm: openpi's own client at the server, franka-rs at franka-sim, OpenCV at video files."""
+import contextlib
+import fcntl
+import http.server
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,8 +22,14 @@ import envs
 import eval_real
 from policy import load_policy
 
+try:
+    import franka
+except ImportError:  # the tests of the arm skip
+    franka = None
+
+os.environ["FRANKA_REALTIME"] = "ignore"  # no real-time kernel here
 ROOT = Path(__file__).parent.parent
-ENVIRON = {**os.environ, "PYTHONWARNINGS": "ignore", "FRANKA_REALTIME": "ignore", "PYTHONUNBUFFERED": "1"}
+ENVIRON = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
 STATS = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
          "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]}}
 
@@ -129,3 +141,220 @@ def test_wrong_arguments_are_one_line(arguments, why, tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises((ValueError, SystemExit), match=why):
         eval_real.main(tyro.cli(eval_real.Args, args=arguments.split()))
+
+
+# ------------------------------------------------------------------------------------------------------------- the arm
+class Stream(http.server.ThreadingHTTPServer):
+    """A network camera (MJPEG over HTTP). `mode`: "live" has a sensor's noise, "frozen" repeats a picture, "dropped" is
+    silent."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+                self.end_headers()
+                rng, last = np.random.default_rng(0), None
+                try:
+                    while True:
+                        if self.server.mode == "live" or last is None:
+                            noisy = self.server.scene + rng.integers(-8, 9, self.server.scene.shape)
+                            last = cv2.imencode(".jpg", noisy.clip(0, 255).astype(np.uint8))[1].tobytes()
+                        if self.server.mode != "dropped":
+                            self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
+                                             % (len(last), last))
+                        time.sleep(1 / 30)
+                except OSError:
+                    pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.mode, self.scene = "live", np.full((120, 160, 3), 128, int)
+        self.scene[40:80, 60:100] = (200, 60, 20)  # BGR: blue, in the middle
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/camera.mjpg"
+
+
+@pytest.fixture(scope="module")
+def stream():
+    stream = Stream()
+    yield stream
+    stream.shutdown()
+
+
+@pytest.fixture
+def rig(stream):
+    stream.mode = "live"
+    return eval_real.Rig(camera=stream.url)
+
+
+def test_camera_crops_to_the_twins_view_and_knows_stale_from_frozen(rig, stream):
+    with contextlib.closing(eval_real.Camera(rig)) as camera:
+        picture = camera.read(64)
+        side = 120 * np.tan(envs.TWIN.camera_fov / 2) / np.tan(rig.camera_fov / 2)  # of the square that is left of 120
+        blue = picture[..., 2].astype(int) - picture[..., 0] > 60
+        assert picture.shape == (64, 64, 3) and abs(blue.sum() / 64**2 - (40 / side)**2) < 0.03 and blue[32, 32]
+        camera.check()
+        for mode, why in (("frozen", "frozen"), ("dropped", "no new picture")):
+            stream.mode = mode
+            wait_for(lambda: time.monotonic() - camera.changed > rig.max_image_age and (
+                mode == "frozen" or time.monotonic() - camera.arrived > rig.max_image_age))
+            with pytest.raises(eval_real.Stopped, match=why):
+                camera.check()
+            stream.mode = "live"
+            wait_for(lambda: time.monotonic() - camera.changed < 0.2)
+            camera.check()
+
+
+def test_camera_file_and_what_is_no_camera(tmp_path):
+    video = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 30, (64, 64))
+    for seed in range(10):
+        video.write(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8))
+    video.release()
+    with contextlib.closing(eval_real.Camera(eval_real.Rig(camera=str(tmp_path / "v.avi"), camera_fov=0.52))) as camera:
+        assert camera.read(64).shape == (64, 64, 3)
+        wait_for(lambda: time.monotonic() - camera.arrived > 0.5)  # the file is over
+        with pytest.raises(eval_real.Stopped, match="no new picture"):
+            camera.check()
+    (tmp_path / "empty.avi").write_bytes(b"")
+    for source in ("empty.avi", "nowhere.mp4", "77"):
+        with pytest.raises(ValueError, match="camera"):
+            eval_real.Camera(eval_real.Rig(camera=str(tmp_path / source) if source != "77" else source))
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.02)
+
+
+FRANKA_SIM = "franka-sim==1.1.7"  # pins numpy 1.26, so it has an environment of its own
+MODEL = """
+import mujoco, os, sys, xml.etree.ElementTree as ET, franka_sim
+robot = ET.parse(os.path.join(os.path.dirname(franka_sim.__file__), "models/fr3.urdf")).getroot()
+for link in robot.iter("link"):
+    for part in link.findall("visual") + link.findall("collision"):
+        link.remove(part)  # meshes, which would have to be downloaded
+spec = mujoco.MjSpec.from_string(ET.tostring(robot).decode())
+for joint in spec.joints:  # without them the arm oscillates, and franka-rs stops with a deviation
+    joint.damping, joint.armature = 1.0, 0.1
+spec.compile()
+open(sys.argv[1], "w").write(spec.to_xml())
+"""
+
+
+class Simulator:
+    """franka-sim, with the robot's own motion limits and communication constraints enforced."""
+
+    def __init__(self, python, folder):
+        self.python, self.folder, self.process = python, folder, None
+        subprocess.run([python, "-c", MODEL, folder / "fr3.xml"], check=True, capture_output=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.ip = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(self):
+        self.stop()
+        with open(self.folder / "log", "a") as log:
+            self.process = subprocess.Popen(
+                [self.python, "-m", "franka_sim.run_server", "--port", self.ip.split(":")[1], "--enforce-comm-constraints",
+                 "--enforce-motion-limits"], env={**ENVIRON, "FR3_MJCF": str(self.folder / "fr3.xml")}, stdout=log,
+                stderr=log)
+        wait_for(lambda: "Server ready" in (self.folder / "log").read_text() and self.answers())
+        return self
+
+    def answers(self):
+        assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
+        try:
+            return franka.Robot(self.ip).read_once().robot_mode == "idle"
+        except franka.FrankaError:
+            return False
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+    def at_rest(self):
+        """Whether the arm stands still, as another client sees it."""
+        robot = franka.Robot(self.ip)
+        before = robot.read_once()
+        time.sleep(0.2)
+        after = robot.read_once()
+        return np.abs(before.dq).max() < 0.02 and np.abs(after.q - before.q).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def simulator(tmp_path_factory):
+    pytest.importorskip("franka", reason="pip install -r requirements-robot.txt")
+    venv = ROOT / ".venv-franka-sim"
+    if not (venv / "installed").exists():
+        for command in ([sys.executable, "-m", "venv", "--clear", venv], [venv / "bin/pip", "install", FRANKA_SIM]):
+            if (done := subprocess.run(command, capture_output=True, text=True)).returncode:
+                pytest.skip(f"{FRANKA_SIM} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
+        (venv / "installed").touch()
+    # the hand's port is fixed, so two test runs on a machine take turns
+    with open(Path(tempfile.gettempdir()) / "franka-sim.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        simulator = Simulator(str(venv / "bin/python"), tmp_path_factory.mktemp("franka-sim"))
+        yield simulator.start()
+        simulator.stop()
+
+
+@pytest.fixture
+def arm(simulator, rig):
+    """A Franka at a start of push cube."""
+    if simulator.process.poll() is not None:
+        simulator.start()
+    rig.robot_ip = simulator.ip
+    with contextlib.closing(eval_real.Camera(rig)) as camera, eval_real.Franka(rig, camera) as arm:
+        arm.go_to(START, -1.0)
+        yield arm
+
+
+START = (0.40, 0.0, 0.17)
+
+
+def chunk(n=4, **moves):
+    actions = torch.zeros(n, 7)
+    actions[:, 6] = -1
+    for axis, value in moves.items():
+        actions[:, ("x", "y", "z", "roll", "pitch", "yaw", "gripper").index(axis)] = value
+    return actions
+
+
+def run(arm, actions):
+    arm.check(actions)
+    for action in actions:
+        arm.step(action)
+
+
+def angle(a, b):
+    """Between rotation matrices, degrees."""
+    return np.degrees(np.arccos(np.clip((np.trace(a.T @ b) - 1) / 2, -1, 1)))
+
+
+def test_a_chunk_ends_where_the_twin_ends(arm):
+    twin = envs.make("push_cube", envs.TWIN)
+    twin.reset(seed=[envs.SEEDS["evaluation"]])
+    rng = np.random.default_rng(3)
+    actions = chunk(12)
+    actions[:, :3] = torch.from_numpy(rng.uniform(-0.01, 0.02, (12, 3)) * (1, 1, 0.5))
+    actions[:, 3:6] = torch.from_numpy(rng.uniform(-0.03, 0.05, (12, 3)))
+    still = chunk(10)
+    before = twin.tcp.to_transformation_matrix()[0].numpy().astype(float), arm.tcp()[0].numpy().astype(float)
+    twin.step_chunk(torch.cat([actions, still])[None])
+    arm.start()
+    run(arm, torch.cat([actions, still]))
+    after = twin.tcp.to_transformation_matrix()[0].numpy().astype(float), arm.tcp()[0].numpy().astype(float)
+    moved = [b[:3, 3] - a[:3, 3] for a, b in zip(before, after)]
+    assert np.linalg.norm(moved[0]) > 0.05 and angle(before[0][:3, :3], after[0][:3, :3]) > 5
+    print("\n", moved, angle(after[0][:3, :3], after[1][:3, :3]))
+    assert np.linalg.norm(moved[0] - moved[1]) < 0.005
+    assert angle(after[0][:3, :3], after[1][:3, :3]) < 1
