@@ -121,9 +121,6 @@ def table(results: list[dict]) -> str:
 
 
 def main(args: Args):
-    if missing := [p for p in args.policies if p in Args.policies and not Path(p).exists()]:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, "
-                                f"then `python train_rlco.py` runs/rlco/best")
     envs.check_task(args.task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     targets = (*envs.DOMAINS, "franka", "align", "server")
@@ -131,6 +128,9 @@ def main(args: Args):
         raise ValueError(f"--target is one of {', '.join(targets)}; --episodes and --trials are at least 1")
     if args.target == "align":
         return align(args)
+    if missing := [p for p in args.policies if p in Args.policies and not Path(p).exists()]:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, "
+                                f"then `python train_rlco.py` runs/rlco/best")
     if args.target == "server" and len(args.policies) != 1:
         raise ValueError("a server has one checkpoint: name it with --policies")
     policies = {name: load_policy(name, device=device) for name in args.policies}
@@ -272,7 +272,7 @@ class Franka:
         if not rig.robot_ip:
             raise ValueError("--robot-ip is missing: the address of the arm's control box")
         self.rig, self.camera, self.dry_run, self.franka, self.arm = rig, camera, dry_run, franka, None
-        self.box, self.position, self.rotation = torch.tensor(rig.workspace), None, None
+        self.box, self.closed = torch.tensor(rig.workspace), False
         self.fingers, self.pool, self.moving_fingers, self.kept_inside = None, ThreadPoolExecutor(1), None, 0
         try:
             self.robot = franka.Robot(rig.robot_ip)
@@ -281,18 +281,21 @@ class Franka:
         except franka.FrankaError as error:
             raise ConnectionError(f"no connection to a Franka and its hand at {rig.robot_ip}: {error}") from None
         self.hand_heard = time.monotonic()
-        threading.Thread(target=self._listen_to_hand, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen_to_hand, daemon=True)
+        self.listener.start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.stop()
-        self.pool.shutdown(wait=False)
+        self.closed = True
+        self.pool.shutdown(), self.listener.join(2)
+        self.robot = self.hand = None  # hangs up: the arm talks to one program at a time
 
     def _listen_to_hand(self):
         try:
-            while True:
+            while not self.closed:
                 self.width, self.hand_heard = self.hand.read_once().width, time.monotonic()
         except self.franka.FrankaError:
             pass  # `watch` notices the silence
@@ -429,10 +432,10 @@ class Franka:
     def move_fingers(self, gripper: float):
         """Send the fingers to where the twin's would go. The hand takes a command at a time, so a new one waits."""
         if self.moving_fingers and self.moving_fingers.done() and (error := self.moving_fingers.exception()):
-            self.moving_fingers = None
+            self.fingers = self.moving_fingers = None
             self.stop()
             raise Stopped(f"the hand: {error}")
-        width = max(2 * envs.finger_target(gripper), 0)
+        width = min(max(2 * envs.finger_target(gripper), 0), 2 * envs.GRIPPER_OPEN)
         width = 0 if width < 0.01 else width
         if (self.fingers is not None and abs(width - self.fingers) < 0.01) or (
                 self.moving_fingers and not self.moving_fingers.done()):
@@ -570,7 +573,7 @@ def evaluate_franka(policies: dict, args: Args):
         return results
 
     def attempt(seed, name, number):
-        """One trial, or None if it does not count."""
+        """One trial; Stopped if it does not count."""
         env.reset(seed=[seed])
         wanted, start = env.render_rgb_array()[0].cpu().numpy(), env.tcp.p[0].cpu()
         if robot.needs_recovery():
@@ -585,9 +588,6 @@ def evaluate_franka(policies: dict, args: Args):
         key, frames = played.pop("key"), played.pop("frames")
         if (key := key or keyboard.ask("success? y, n; a: abort, it does not count", "yna")) == "a":
             raise Stopped("aborted by the operator")
-        print(f"{number}: {'success' if key == 'y' else 'failure'} after {played['steps']} steps; decisions took "
-              f"{played['decision_ms']:.0f} ms on average, {played['slowest_ms']:.0f} at most, {played['late']} of "
-              f"{played['decisions']} late; {played['kept_inside']} targets were kept inside the workspace")
         envs.write_video(args.out / f"videos/{name.strip('./').replace('/', '-')}_franka_{seed}_"
                                     f"{'success' if key == 'y' else 'failure'}.mp4", [frames])
         return dict(policy=name, seed=seed, success=key == "y", **played)
@@ -604,13 +604,17 @@ def evaluate_franka(policies: dict, args: Args):
                         print(f"{number}, a dry run: targets x y z, roll pitch yaw, gripper; nothing moves")
                         play(policies[name], robot, keyboard, env.instruction, policies[name].chunk)
                         continue
-                    saved["trials"].append(attempt(seed, name, number))
+                    saved["trials"].append(t := attempt(seed, name, number))
                     todo.pop(0)
+                    said = (f"{'success' if t['success'] else 'failure'} after {t['steps']} steps; decisions took "
+                            f"{t['decision_ms']:.0f} ms on average, {t['slowest_ms']:.0f} at most, {t['late']} of "
+                            f"{t['decisions']} late; {t['kept_inside']} targets were kept inside the workspace")
                 except Stopped as why:
-                    print(f"{number}: it does not count. {why}")
                     saved["void"].append(dict(policy=name, seed=seed, why=str(why)))
+                    said = f"it does not count. {why}"
                 if not args.dry_run:
                     save()
+                print(f"{number}: {said}", flush=True)
     if not args.dry_run:
         late, decisions = (sum(t[key] for t in saved["trials"]) for key in ("late", "decisions"))
         print(f"\n{table(save())}\n\n{args.task}; {len(saved['void'])} attempts were stopped or aborted and do not count; "

@@ -2,6 +2,7 @@
 import contextlib
 import fcntl
 import http.server
+import json
 import os
 import signal
 import socket
@@ -31,7 +32,7 @@ os.environ["FRANKA_REALTIME"] = "ignore"  # no real-time kernel here
 ROOT = Path(__file__).parent.parent
 ENVIRON = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
 STATS = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
-         "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]}}
+         "action": {"q01": [-0.005] * 6 + [-1.0], "q99": [0.005] * 6 + [1.0]}}
 
 
 @pytest.fixture(scope="module")
@@ -281,14 +282,6 @@ class Simulator:
             self.process.wait()
         self.process = None
 
-    def at_rest(self):
-        """Whether the arm stands still, as another client sees it."""
-        robot = franka.Robot(self.ip)
-        before = robot.read_once()
-        time.sleep(0.2)
-        after = robot.read_once()
-        return np.abs(before.dq).max() < 0.02 and np.abs(after.q - before.q).max() < 1e-3
-
 
 @pytest.fixture(scope="module")
 def simulator(tmp_path_factory):
@@ -335,26 +328,236 @@ def run(arm, actions):
         arm.step(action)
 
 
+def settle(arm):
+    """Hold the target until the arm is there, however slow the simulation is."""
+    for _ in range(100):
+        tcp = arm.tcp()[0]
+        if (tcp[:3, 3] - arm.position[0]).norm() < 0.002 and angle(tcp[:3, :3].numpy(), arm.rotation[0].numpy()) < 0.5:
+            return
+        run(arm, chunk(1))
+    raise AssertionError("the arm does not arrive")
+
+
 def angle(a, b):
     """Between rotation matrices, degrees."""
     return np.degrees(np.arccos(np.clip((np.trace(a.T @ b) - 1) / 2, -1, 1)))
 
 
+def at_rest(robot):
+    """Whether the arm of a franka.Robot stands still."""
+    before = robot.read_once()
+    time.sleep(0.2)
+    after = robot.read_once()
+    return np.abs(before.dq).max() < 0.02 and np.abs(after.q - before.q).max() < 1e-3
+
+
 def test_a_chunk_ends_where_the_twin_ends(arm):
     twin = envs.make("push_cube", envs.TWIN)
     twin.reset(seed=[envs.SEEDS["evaluation"]])
+    arm.go_to(twin.tcp.p[0], -1.0)
     rng = np.random.default_rng(3)
     actions = chunk(12)
     actions[:, :3] = torch.from_numpy(rng.uniform(-0.01, 0.02, (12, 3)) * (1, 1, 0.5))
     actions[:, 3:6] = torch.from_numpy(rng.uniform(-0.03, 0.05, (12, 3)))
-    still = chunk(10)
-    before = twin.tcp.to_transformation_matrix()[0].numpy().astype(float), arm.tcp()[0].numpy().astype(float)
-    twin.step_chunk(torch.cat([actions, still])[None])
+    start = twin.tcp.to_transformation_matrix()[0].numpy().astype(float)
+    twin.step_chunk(torch.cat([actions, chunk(10)])[None])
     arm.start()
-    run(arm, torch.cat([actions, still]))
-    after = twin.tcp.to_transformation_matrix()[0].numpy().astype(float), arm.tcp()[0].numpy().astype(float)
-    moved = [b[:3, 3] - a[:3, 3] for a, b in zip(before, after)]
-    assert np.linalg.norm(moved[0]) > 0.05 and angle(before[0][:3, :3], after[0][:3, :3]) > 5
-    print("\n", moved, angle(after[0][:3, :3], after[1][:3, :3]))
-    assert np.linalg.norm(moved[0] - moved[1]) < 0.005
-    assert angle(after[0][:3, :3], after[1][:3, :3]) < 1
+    run(arm, actions)
+    settle(arm)
+    end, real = (x.numpy().astype(float) for x in (twin.tcp.to_transformation_matrix()[0], arm.tcp()[0]))
+    assert np.linalg.norm(end[:3, 3] - start[:3, 3]) > 0.05 and angle(start[:3, :3], end[:3, :3]) > 5
+    off, turned = 1000 * np.linalg.norm(end[:3, 3] - real[:3, 3]), angle(end[:3, :3], real[:3, :3])
+    print(f"\n12 actions later the arm is {off:.1f} mm and {turned:.2f} degrees from the twin")
+    assert off < 5 and turned < 1
+    np.testing.assert_allclose(arm.state()[0], twin.proprioception()[0], atol=0.02)
+
+
+def test_targets_stay_in_the_box_and_above_the_floor(arm):
+    arm.rig.workspace = ((0.3, -0.05, 0.15), (0.42, 0.05, 0.3))
+    arm.box = torch.tensor(arm.rig.workspace)
+    for moves, axis, bound in ((dict(z=-0.02), 2, 0.15), (dict(x=0.02), 0, 0.42), (dict(y=-0.03), 1, -0.05)):
+        arm.start()
+        arm.kept_inside = 0
+        run(arm, chunk(5, **moves))
+        settle(arm)
+        assert arm.kept_inside >= 2 and abs(float(arm.position[0, axis]) - bound) < 1e-6
+        assert abs(float(arm.tcp()[0, axis, 3]) - bound) < 0.006
+    arm.box = torch.tensor(((0.3, -0.05, 0.25), (0.42, 0.05, 0.3)))  # as if somebody had pushed the arm out of it
+    with pytest.raises(eval_real.Stopped, match="outside the workspace"):
+        arm.step(chunk(1)[0])
+    assert arm.arm is None and at_rest(arm.robot)
+
+
+def test_speed_acceleration_and_rotation_are_limited(arm):
+    arm.rig.speed, arm.rig.acceleration, arm.rig.rotation_speed = 0.1, 0.5, 0.3
+    arm.start()
+    seen, done = [], threading.Event()
+
+    def sample():
+        while not done.wait(0.005):
+            state = arm.arm.state()
+            tcp = envs.panda_kinematics(torch.tensor(state.q, dtype=torch.float64).float()[None])[0][0].numpy()
+            if not seen or state.time > seen[-1][0]:
+                seen.append((state.time, tcp[:3, 3], tcp[:3, :3]))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    for moves in (dict(x=0.049), dict(yaw=0.19)):  # 0.49 m/s, 1.9 rad/s
+        run(arm, chunk(2, **moves))
+        settle(arm)
+    done.set(), thread.join()
+    time_ = np.array([s[0] for s in seen])
+    at = lambda t: np.searchsorted(time_, t).clip(0, len(seen) - 1)
+    pairs = [(i, at(time_[i] + 0.05)) for i in range(len(seen)) if time_[i] + 0.05 < time_[-1]]
+    speed = np.array([np.linalg.norm(seen[j][1] - seen[i][1]) / (time_[j] - time_[i]) for i, j in pairs])
+    turning = np.array([np.radians(angle(seen[i][2], seen[j][2])) / (time_[j] - time_[i]) for i, j in pairs])
+    rising = (speed[at(time_[[i for i, _ in pairs]] + 0.05).clip(0, len(speed) - 1)] - speed) / 0.05
+    print(f"\nat most {speed.max():.2f} m/s, {rising.max():.1f} m/s2, {turning.max():.2f} rad/s")
+    assert 0.08 < speed.max() < 0.11 and 0.2 < turning.max() < 0.33 and 0.3 < rising.max() < 0.6
+    assert abs(np.linalg.norm(seen[-1][1] - seen[0][1]) - 0.098) < 0.005  # all the same it arrives
+    assert abs(angle(seen[0][2], seen[-1][2]) - np.degrees(0.38)) < 1
+
+
+@pytest.mark.parametrize("bad", [dict(x=float("nan")), dict(gripper=float("nan")), dict(yaw=float("inf")), dict(z=1e9),
+                                 dict(x=0.051), dict(y=0.04, z=-0.04), dict(roll=0.21)], ids=str)
+def test_nan_and_huge_actions_move_nothing(arm, bad):
+    arm.start()
+    before = arm.tcp()[0, :3, 3]
+    with pytest.raises(eval_real.Stopped, match="refused"):
+        run(arm, torch.cat([chunk(3, x=0.03), chunk(1, **bad)]))  # the whole chunk, for its last action
+    assert arm.arm is None and at_rest(arm.robot)
+    np.testing.assert_allclose(arm.tcp()[0, :3, 3], before, atol=5e-4)
+
+
+@pytest.mark.parametrize("mode,why", [("frozen", "frozen"), ("dropped", "no new picture")])
+def test_a_stale_picture_stops_the_arm_in_mid_chunk(arm, stream, mode, why):
+    arm.start()
+    run(arm, chunk(2, x=0.01))
+    stream.mode = mode
+    with pytest.raises(eval_real.Stopped, match=why):
+        run(arm, chunk(200, y=0.001))
+    assert arm.arm is None and at_rest(arm.robot) and arm.robot.read_once().robot_mode == "idle"
+
+
+def test_a_lost_connection_stops_in_mid_chunk(arm, simulator):
+    arm.start()
+    run(arm, chunk(2, x=0.02))
+    simulator.process.send_signal(signal.SIGSTOP)  # as if the cable were out: nothing comes, nothing arrives
+    try:
+        with pytest.raises(ConnectionError, match="silent|lost"):
+            run(arm, chunk(200, y=0.001))
+    finally:
+        simulator.process.send_signal(signal.SIGCONT)
+    assert arm.arm is None
+    simulator.start()
+
+
+class Operator:
+    """Runs a script as an operator does: waits for what it says, presses keys. No terminal, so keys come by a pipe."""
+
+    def __init__(self, folder, *arguments):
+        self.process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=ENVIRON, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.said, self.read = "", 0
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+    def _listen(self):
+        for line in self.process.stdout:
+            self.said += line
+
+    def hear(self, *words):
+        """Wait for the first of some words, beyond what was heard before."""
+        def heard():
+            return [w for w in words if w in self.said[self.read:]]
+        end = time.monotonic() + 60
+        while not heard():  # the listener ends with the process
+            assert time.monotonic() < end and self.listener.is_alive(), f"{words} is not in: {self.said[self.read:]}"
+            time.sleep(0.02)
+        word = min(heard(), key=self.said[self.read:].index)
+        self.read += self.said[self.read:].index(word) + len(word)
+        return word
+
+    def press(self, key):
+        self.process.stdin.write(key)
+        self.process.stdin.flush()
+
+    def trial(self, key):
+        """A trial that is ended with a key while the arm moves."""
+        self.hear("keep clear"), self.press("\n")
+        self.hear("the policy starts"), self.press("\n")
+        time.sleep(0.7)
+        if key:
+            self.press(key)
+            self.hear("decisions took", "does not count")
+
+
+def franka_evaluation(folder, checkpoint, simulator, stream, *more):
+    return Operator(folder, ROOT / "eval_real.py", "--target", "franka", "--policies", checkpoint, "--trials", "5",
+                    "--robot-ip", simulator.ip, "--camera", stream.url, "--out", "runs", *more)
+
+
+def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, tmp_path):
+    stream.mode, path = "live", tmp_path / "runs/franka.json"
+    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
+    for key in ("y", "a", "n"):  # the abort does not count: two trials are done
+        operator.trial(key)
+    first = json.loads(path.read_text())
+    assert [t["success"] for t in first["trials"]] == [True, False] and len(first["void"]) == 1, operator.said
+    operator.trial(None)
+    operator.process.kill()  # in the middle of trial 3
+    operator.process.wait()
+    wait_for(lambda: at_rest(franka.Robot(simulator.ip)), 10)
+    assert json.loads(path.read_text()) == first
+
+    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
+    operator.hear("2 trials are done, 3 to go")
+    operator.hear("trial 3 of 5")
+    operator.trial("y")
+    operator.process.send_signal(signal.SIGSTOP)  # nothing to do with the arm, which nothing moves between trials
+    operator.process.send_signal(signal.SIGCONT)
+    operator.trial(None)
+    operator.process.send_signal(signal.SIGSTOP)  # the 1 kHz loop misses its cycles: a reflex
+    time.sleep(0.5)
+    operator.process.send_signal(signal.SIGCONT)
+    operator.hear("does not count"), operator.hear("reflex"), operator.press("y")
+    operator.trial("n")
+    operator.trial("y")
+    operator.hear("| franka")
+    assert operator.process.wait(60) == 0
+    result = json.loads(path.read_text())
+    assert result["trials"][:2] == first["trials"] and len(result["void"]) == 2
+    assert [(t["seed"] - envs.SEEDS["evaluation"], t["success"]) for t in result["trials"]] == [
+        (0, True), (1, False), (2, True), (3, False), (4, True)]
+    row, = result["results"]
+    assert (row["domain"], row["episodes"], row["successes"]) == ("franka", 5, 3)
+    assert row["wilson"] == pytest.approx(eval_real.wilson(3, 5)) and "60 % [23, 88] of 5" in operator.said
+    videos = list((tmp_path / "runs/videos").iterdir())
+    assert len(videos) == 5 and sum("success" in v.name for v in videos) == 3
+    assert cv2.imread(str(tmp_path / "runs/overlay.png")).shape == (512, 1536, 3)
+    again = franka_evaluation(tmp_path, checkpoint, simulator, stream)
+    again.hear("60 % [23, 88] of 5")  # all done: no arm, no camera
+    assert again.process.wait(60) == 0
+
+
+def test_ctrl_c_brings_the_arm_to_rest(simulator, stream, checkpoint, tmp_path):
+    stream.mode = "live"
+    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
+    operator.trial(None)
+    operator.process.send_signal(signal.SIGINT)
+    operator.hear("interrupted")
+    assert operator.process.wait(60) == 1 and "Traceback" not in operator.said
+    robot = franka.Robot(simulator.ip)
+    assert at_rest(robot) and robot.read_once().robot_mode == "idle"
+
+
+def test_dry_run_moves_nothing(simulator, stream, checkpoint, tmp_path):
+    stream.mode, robot = "live", franka.Robot(simulator.ip)
+    before = robot.read_once().q
+    del robot
+    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream, "--dry-run")
+    assert operator.process.wait(120) == 0
+    operator.listener.join()
+    assert operator.said.count("target ") == 5 * load_policy(checkpoint).chunk, operator.said
+    np.testing.assert_allclose(franka.Robot(simulator.ip).read_once().q, before, atol=1e-4)
+    assert not (tmp_path / "runs/franka.json").exists()
