@@ -348,15 +348,6 @@ class Franka:
         raise Stopped("the arm has ended its motion")
 
     # motion -----------------------------------------------------------------------------------------------------------
-    def needs_recovery(self) -> bool:
-        """Whether the arm is in a reflex, which only an operator may clear."""
-        if (mode := self._read().robot_mode) in ("user_stopped", "guiding", "other"):
-            raise Stopped(f"the arm cannot be moved, its mode is {mode}: release the stop button, unlock the joints")
-        return mode == "reflex"
-
-    def recover(self):
-        self.robot.automatic_error_recovery()
-
     def start(self):
         """Hold the present pose; actions are added to it."""
         self.stop()
@@ -515,6 +506,25 @@ def show_overlay(camera: Camera, wanted, path: Path):
     time.sleep(0.2)
 
 
+def get_ready(robot: Franka, keyboard: Keyboard, env, seed: int, trial: str, overlay: Path):
+    """Take the arm to where the episode `seed` starts and let the operator arrange its scene. Nothing moves without a
+    key, and a reflex is cleared only if the operator says so."""
+    env.reset(seed=[seed])
+    wanted = env.render_rgb_array()[0].cpu().numpy()
+    while (mode := robot.robot.read_once().robot_mode) != "idle":
+        if mode != "reflex":
+            keyboard.ask(f"the arm cannot be moved, its mode is {mode}: release its stop button, unlock its joints; "
+                         f"then Enter", "\n")
+        elif keyboard.ask("the arm is in a reflex. Is it free to move? y: recover, n: quit", "yn") == "n":
+            raise SystemExit("the arm is left in its reflex")
+        else:
+            robot.robot.automatic_error_recovery()
+    keyboard.ask(f"{trial}. Enter: the arm moves to its start; keep clear", "\n")
+    robot.go_to(env.tcp.p[0].cpu(), env.start_gripper)
+    keyboard.ask(f"arrange the scene as in {overlay}. Enter: it starts", "\n",
+                 lambda: show_overlay(robot.camera, wanted, overlay))
+
+
 def play(policy, robot: Franka, keyboard: Keyboard, instruction: str, max_steps: int) -> dict:
     """One trial: picture, chunk, motion, until a key ends it or the steps are over.
 
@@ -574,16 +584,8 @@ def evaluate_franka(policies: dict, args: Args):
 
     def attempt(seed, name, number):
         """One trial; Stopped if it does not count."""
-        env.reset(seed=[seed])
-        wanted, start = env.render_rgb_array()[0].cpu().numpy(), env.tcp.p[0].cpu()
-        if robot.needs_recovery():
-            if keyboard.ask("the arm is in a reflex. Is it free to move? y: recover, n: quit", "yn") == "n":
-                raise SystemExit("the arm is left in its reflex")
-            robot.recover()
-        keyboard.ask(f"{number}. Enter: the arm moves to its start; keep clear", "\n")
-        robot.go_to(start, env.start_gripper)
-        keyboard.ask(f"arrange the scene as in {overlay}. Enter: the policy starts. During the trial: y success, "
-                     f"n failure, a abort", "\n", lambda: show_overlay(camera, wanted, overlay))
+        get_ready(robot, keyboard, env, seed, number, args.out / "overlay.png")
+        print("y: success, n: failure, a: abort", flush=True)
         played = play(policies[name], robot, keyboard, env.instruction, env.max_episode_steps)
         key, frames = played.pop("key"), played.pop("frames")
         if (key := key or keyboard.ask("success? y, n; a: abort, it does not count", "yna")) == "a":
@@ -593,7 +595,7 @@ def evaluate_franka(policies: dict, args: Args):
         return dict(policy=name, seed=seed, success=key == "y", **played)
 
     if todo:
-        env, overlay = envs.make(args.task, envs.TWIN, video_size=512), args.out / "overlay.png"
+        env = envs.make(args.task, envs.TWIN, video_size=512)
         with closing(Camera(rig)) as camera, Keyboard() as keyboard, Franka(rig, camera, args.dry_run) as robot:
             while todo:
                 seed, name = todo[0]

@@ -243,14 +243,16 @@ for link in robot.iter("link"):
         link.remove(part)  # meshes, which would have to be downloaded
 spec = mujoco.MjSpec.from_string(ET.tostring(robot).decode())
 for joint in spec.joints:  # without them the arm oscillates, and franka-rs stops with a deviation
-    joint.damping, joint.armature = 1.0, 0.1
+    joint.damping, joint.armature = 1.0, 0.3
 spec.compile()
 open(sys.argv[1], "w").write(spec.to_xml())
 """
 
 
 class Simulator:
-    """franka-sim, with the robot's own motion limits and communication constraints enforced."""
+    """franka-sim, with the robot's own motion limits enforced. Its communication constraints (20 ms without an answer are
+    a reflex) trip by themselves on a loaded machine without a real-time kernel: they are on where a test is about them.
+    """
 
     def __init__(self, python, folder):
         self.python, self.folder, self.process = python, folder, None
@@ -259,13 +261,12 @@ class Simulator:
             free.bind(("127.0.0.1", 0))
             self.ip = f"127.0.0.1:{free.getsockname()[1]}"
 
-    def start(self):
+    def start(self, *flags):
         self.stop()
-        with open(self.folder / "log", "a") as log:
+        with open(self.folder / "log", "w") as log:
             self.process = subprocess.Popen(
-                [self.python, "-m", "franka_sim.run_server", "--port", self.ip.split(":")[1], "--enforce-comm-constraints",
-                 "--enforce-motion-limits"], env={**ENVIRON, "FR3_MJCF": str(self.folder / "fr3.xml")}, stdout=log,
-                stderr=log)
+                [self.python, "-m", "franka_sim.run_server", "--port", self.ip.split(":")[1], "--enforce-motion-limits",
+                 *flags], env={**ENVIRON, "FR3_MJCF": str(self.folder / "fr3.xml")}, stdout=log, stderr=log)
         wait_for(lambda: "Server ready" in (self.folder / "log").read_text() and self.answers())
         return self
 
@@ -485,7 +486,7 @@ class Operator:
     def trial(self, key):
         """A trial that is ended with a key while the arm moves."""
         self.hear("keep clear"), self.press("\n")
-        self.hear("the policy starts"), self.press("\n")
+        self.hear("it starts"), self.press("\n")
         time.sleep(0.7)
         if key:
             self.press(key)
@@ -514,19 +515,12 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     operator.hear("2 trials are done, 3 to go")
     operator.hear("trial 3 of 5")
     operator.trial("y")
-    operator.process.send_signal(signal.SIGSTOP)  # nothing to do with the arm, which nothing moves between trials
-    operator.process.send_signal(signal.SIGCONT)
-    operator.trial(None)
-    operator.process.send_signal(signal.SIGSTOP)  # the 1 kHz loop misses its cycles: a reflex
-    time.sleep(0.5)
-    operator.process.send_signal(signal.SIGCONT)
-    operator.hear("does not count"), operator.hear("reflex"), operator.press("y")
     operator.trial("n")
     operator.trial("y")
     operator.hear("| franka")
     assert operator.process.wait(60) == 0
     result = json.loads(path.read_text())
-    assert result["trials"][:2] == first["trials"] and len(result["void"]) == 2
+    assert result["trials"][:2] == first["trials"] and len(result["void"]) == 1
     assert [(t["seed"] - envs.SEEDS["evaluation"], t["success"]) for t in result["trials"]] == [
         (0, True), (1, False), (2, True), (3, False), (4, True)]
     row, = result["results"]
@@ -538,6 +532,26 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     again = franka_evaluation(tmp_path, checkpoint, simulator, stream)
     again.hear("60 % [23, 88] of 5")  # all done: no arm, no camera
     assert again.process.wait(60) == 0
+
+
+def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, checkpoint, tmp_path):
+    stream.mode = "live"
+    simulator.start("--enforce-comm-constraints")
+    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
+    for consent in "yn":
+        operator.hear("keep clear"), operator.press("\n")
+        if operator.hear("it starts", "does not count") == "it starts":
+            operator.press("\n")
+            time.sleep(0.7)
+            operator.process.send_signal(signal.SIGSTOP)  # the 1 kHz loop misses its cycles
+            time.sleep(0.5)
+            operator.process.send_signal(signal.SIGCONT)
+            operator.hear("does not count")
+        operator.hear("communication_constraints_violation"), operator.hear("y: recover"), operator.press(consent)
+    operator.hear("left in its reflex")
+    assert operator.process.wait(60) == 1 and "Traceback" not in operator.said
+    assert not json.loads((tmp_path / "runs/franka.json").read_text())["trials"]
+    simulator.start()
 
 
 def test_ctrl_c_brings_the_arm_to_rest(simulator, stream, checkpoint, tmp_path):
