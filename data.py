@@ -634,12 +634,16 @@ STEER = {"w": (0, 1), "s": (0, -1), "a": (1, 1), "d": (1, -1), "r": (2, 1), "f":
 
 def motion_between(tcp, later):
     """The action's first six numbers that take one TCP pose [1,4,4] to another: what `envs.move_target` undoes."""
+    import envs
+
     turn = envs.matrix_to_euler_angles(later[:, :3, :3] @ tcp[:, :3, :3].mT, "ZYX").flip(-1)
     return torch.cat([later[:, :3, 3] - tcp[:, :3, 3], turn], -1)[0]
 
 
 def demonstrate_by_operator(robot, keyboard, args, gripper, mouse):
     """One demonstration at the control rate, or None if the operator drops it. It begins with the first motion."""
+    import envs
+
     image, state, action, guided = [], [], [], args.by == "hand"
     if not guided:
         robot.start()
@@ -675,6 +679,9 @@ def demonstrate_by_operator(robot, keyboard, args, gripper, mouse):
 
 
 def record(args: RecordArgs):
+    import envs
+    import eval_real
+
     envs.check_task(args.task)
     parts, mouse = args.out.with_name(f"{args.out.name}.parts"), None
     if args.out.exists():
@@ -713,8 +720,7 @@ def record(args: RecordArgs):
 if __name__ == "__main__":
     try:
         if sys.argv[1:2] == ["record"]:
-            import envs
-            import eval_real
+            import eval_real  # where RecordArgs looks for its Rig
             record(tyro.cli(RecordArgs, prog="data.py record", args=sys.argv[2:]))
         else:
             main(tyro.cli(Args))

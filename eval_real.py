@@ -17,7 +17,6 @@ import platform
 import select
 import signal
 import subprocess
-import sys
 import termios
 import threading
 import time
@@ -462,7 +461,7 @@ class Keyboard:
     """Single keys from the terminal; a context manager. Ctrl-C stays what it is."""
 
     def __enter__(self):
-        self.saved = termios.tcgetattr(0) if sys.stdin.isatty() else None
+        self.saved = termios.tcgetattr(0) if os.isatty(0) else None
         if self.saved:
             tty.setcbreak(0)
         return self

@@ -19,6 +19,7 @@ import pytest
 import torch
 import tyro
 
+import data
 import envs
 import eval_real
 from policy import load_policy
@@ -493,6 +494,52 @@ class Operator:
             self.hear("decisions took", "does not count")
 
 
+class Here(Operator):
+    """The same for a script's `main` in this process: the operator is a thread."""
+
+    def __init__(self, script):
+        self.said, self.read, self.error = "", 0, None
+        self.listener = threading.Thread(target=self._work, args=(script,), daemon=True)
+
+    def _work(self, script):
+        try:
+            script(self)
+        except BaseException as error:
+            self.error = error
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def write(self, text):
+        self.said += text
+
+    def flush(self):
+        pass
+
+    def press(self, key):
+        os.write(self.keys, key.encode())
+
+    def run(self, main, args):
+        (keys, self.keys), stdin = os.pipe(), os.dup(0)
+        handlers = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGHUP)}
+        os.dup2(keys, 0)
+        self.listener.start()
+        try:
+            with contextlib.redirect_stdout(self):
+                main(args)
+        finally:
+            os.dup2(stdin, 0)
+            [os.close(fd) for fd in (keys, self.keys, stdin)]
+            [signal.signal(*handler) for handler in handlers.items()]
+            if self.error:
+                raise self.error
+        return self
+
+
+def franka_args(folder, checkpoint, simulator, stream, **more):
+    stream.mode = "live"
+    return eval_real.Args(target="franka", policies=(str(checkpoint),), trials=5, out=folder / "runs",
+                          rig=eval_real.Rig(robot_ip=simulator.ip, camera=stream.url), **more)
+
+
 def franka_evaluation(folder, checkpoint, simulator, stream, *more):
     return Operator(folder, ROOT / "eval_real.py", "--target", "franka", "--policies", checkpoint, "--trials", "5",
                     "--robot-ip", simulator.ip, "--camera", stream.url, "--out", "runs", *more)
@@ -511,14 +558,12 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     wait_for(lambda: at_rest(franka.Robot(simulator.ip)), 10)
     assert json.loads(path.read_text()) == first
 
-    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
-    operator.hear("2 trials are done, 3 to go")
-    operator.hear("trial 3 of 5")
-    operator.trial("y")
-    operator.trial("n")
-    operator.trial("y")
-    operator.hear("| franka")
-    assert operator.process.wait(60) == 0
+    def go_on(operator):
+        operator.hear("2 trials are done, 3 to go"), operator.hear("trial 3 of 5")
+        operator.trial("y"), operator.trial("n"), operator.trial("y")
+
+    args = franka_args(tmp_path, checkpoint, simulator, stream)
+    operator = Here(go_on).run(eval_real.main, args)
     result = json.loads(path.read_text())
     assert result["trials"][:2] == first["trials"] and len(result["void"]) == 1
     assert [(t["seed"] - envs.SEEDS["evaluation"], t["success"]) for t in result["trials"]] == [
@@ -529,9 +574,8 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     videos = list((tmp_path / "runs/videos").iterdir())
     assert len(videos) == 5 and sum("success" in v.name for v in videos) == 3
     assert cv2.imread(str(tmp_path / "runs/overlay.png")).shape == (512, 1536, 3)
-    again = franka_evaluation(tmp_path, checkpoint, simulator, stream)
-    again.hear("60 % [23, 88] of 5")  # all done: no arm, no camera
-    assert again.process.wait(60) == 0
+    args.rig.robot_ip = args.rig.camera = "nowhere"
+    assert "60 % [23, 88] of 5" in Here(lambda operator: None).run(eval_real.main, args).said  # all done: no arm needed
 
 
 def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, checkpoint, tmp_path):
@@ -544,7 +588,7 @@ def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, 
             operator.press("\n")
             time.sleep(0.7)
             operator.process.send_signal(signal.SIGSTOP)  # the 1 kHz loop misses its cycles
-            time.sleep(0.5)
+            time.sleep(0.2)
             operator.process.send_signal(signal.SIGCONT)
             operator.hear("does not count")
         operator.hear("communication_constraints_violation"), operator.hear("y: recover"), operator.press(consent)
@@ -555,23 +599,72 @@ def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, 
 
 
 def test_ctrl_c_brings_the_arm_to_rest(simulator, stream, checkpoint, tmp_path):
-    stream.mode = "live"
-    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
-    operator.trial(None)
-    operator.process.send_signal(signal.SIGINT)
-    operator.hear("interrupted")
-    assert operator.process.wait(60) == 1 and "Traceback" not in operator.said
+    def interrupt(operator):
+        operator.trial(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Here(interrupt).run(eval_real.main, franka_args(tmp_path, checkpoint, simulator, stream))
     robot = franka.Robot(simulator.ip)
     assert at_rest(robot) and robot.read_once().robot_mode == "idle"
 
 
 def test_dry_run_moves_nothing(simulator, stream, checkpoint, tmp_path):
-    stream.mode, robot = "live", franka.Robot(simulator.ip)
-    before = robot.read_once().q
-    del robot
-    operator = franka_evaluation(tmp_path, checkpoint, simulator, stream, "--dry-run")
-    assert operator.process.wait(120) == 0
-    operator.listener.join()
+    before = franka.Robot(simulator.ip).read_once().q
+    args = franka_args(tmp_path, checkpoint, simulator, stream, dry_run=True)
+    operator = Here(lambda operator: None).run(eval_real.main, args)
     assert operator.said.count("target ") == 5 * load_policy(checkpoint).chunk, operator.said
     np.testing.assert_allclose(franka.Robot(simulator.ip).read_once().q, before, atol=1e-4)
     assert not (tmp_path / "runs/franka.json").exists()
+
+
+def test_recorded_demonstrations_are_a_dataset_that_replays(simulator, stream, checkpoint, tmp_path):
+    args = data.RecordArgs(rig=eval_real.Rig(robot_ip=simulator.ip, camera=stream.url), out=tmp_path / "real", episodes=2)
+    stream.mode = "live"
+
+    def demonstrate(operator, moves, end):
+        operator.hear("keep clear"), operator.press("\n")
+        operator.hear("it starts"), operator.press("\n")
+        operator.hear("Enter: done")
+        for key in moves:
+            operator.press(key), time.sleep(0.15)
+        operator.press(end)
+        operator.hear("kept" if end == "\n" else "dropped")
+
+    def leave(operator):
+        demonstrate(operator, "wwwaa", "x")
+        demonstrate(operator, "wwwwffq", "\n")
+        operator.hear("demonstration 2 of 2")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        Here(leave).run(data.record, args)
+    assert not args.out.exists()
+    Here(lambda operator: demonstrate(operator, "aaa wr", "\n")).run(data.record, args)  # goes on with the second
+    real = data.load_dataset(args.out)
+    assert len(real.bounds) == 3 and real.fps == envs.CONTROL_HZ and real.image_shape == (64, 64, 3)
+    assert set(real.prompt) == {envs.TASKS["push_cube"].instruction} and not args.out.with_name("real.parts").exists()
+    first, second = (slice(*real.bounds[i:i + 2]) for i in range(2))
+    np.testing.assert_allclose(real.action[first].sum(0)[:6], [0.04, 0, -0.02, 0, 0, 0.05], atol=1e-6)
+    np.testing.assert_allclose(real.action[second].sum(0)[:6], [0.01, 0.03, 0.01, 0, 0, 0], atol=1e-6)
+    assert real.action[second][0, 6] == -1 and real.action[second][-1, 6] == 1  # space has opened the hand
+    assert (real.action[first][0] != 0).any() and real.frames[np.arange(2)].std() > 0  # begins with the first motion
+    # what was seen at a step is what was before its action: the arm has moved by then as far as the actions before
+    went = real.state[first][-1, :3] - real.state[first][0, :3]
+    asked = real.action[first][:-1, :3].sum(0)
+    assert np.linalg.norm(went - asked) < 0.03 and went[0] > 0.01
+
+
+def test_a_guided_motion_becomes_the_actions_that_repeat_it():
+    rng = torch.Generator().manual_seed(0)
+    q = torch.tensor([[0, 0.3, 0, -2.0, 0, 2.3, 0.8]])
+    tcp = envs.panda_kinematics(q)[0]
+    position, rotation = tcp[:, :3, 3], tcp[:, :3, :3]
+    for _ in range(10):
+        q = q + 0.05 * torch.randn(1, 7, generator=rng)
+        later = envs.panda_kinematics(q)[0]
+        action = torch.cat([data.motion_between(tcp, later), torch.zeros(1)])[None]
+        position, rotation = envs.move_target(position, rotation, action, torch.tensor([[-9.0] * 3, [9.0] * 3]))
+        tcp = later
+    np.testing.assert_allclose(position, tcp[:, :3, 3], atol=1e-5)
+    np.testing.assert_allclose(rotation, tcp[:, :3, :3], atol=1e-5)
