@@ -403,7 +403,8 @@ class TabletopEnv(BaseEnv):
         return data
 
     def _get_obs_extra(self, info):
-        return dict(state=self.proprioception())
+        q = self.agent.robot.get_qpos()  # in a Sim2RealEnv that of the real arm, which the twin follows a step later
+        return dict(state=proprioceptive_state(panda_kinematics(q[:, :7])[0], q[:, 7:8] / GRIPPER_OPEN * 2 - 1))
 
     def compute_dense_reward(self, obs, action, info):
         """Success plus the change of the task's potential, undiscounted (potential-based shaping, Ng 1999)."""

@@ -1,6 +1,7 @@
 """The real path without an arm: openpi's own client at the server, franka-rs at franka-sim, OpenCV at video files."""
 import contextlib
 import fcntl
+import functools
 import http.server
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from pathlib import Path
 
 import cv2
@@ -34,6 +36,14 @@ ROOT = Path(__file__).parent.parent
 ENVIRON = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
 STATS = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
          "action": {"q01": [-0.005] * 6 + [-1.0], "q99": [0.005] * 6 + [1.0]}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_scene_of_each_kind():
+    """Building a scene takes seconds, and these tests use the same ones again and again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(envs, "make", functools.cache(envs.make))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +153,63 @@ def test_wrong_arguments_are_one_line(arguments, why, tmp_path, monkeypatch):
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises((ValueError, SystemExit), match=why):
         eval_real.main(tyro.cli(eval_real.Args, args=arguments.split()))
+
+
+# ---------------------------------------------------------------------------------------------- ManiSkill's Sim2RealEnv
+def test_the_readmes_lines_for_maniskills_sim2realenv_run(checkpoint, tmp_path, monkeypatch):
+    """With a scene of the stand-in behind `my_arm`: the policy sees what it shows and moves what is in it."""
+    code = (ROOT / "README.md").read_text().split("**ManiSkill's way.**")[1].split("```python")[1].split("```")[0]
+    assert code.count("\n") < 50
+    real, commands = envs.make("push_cube", envs.STANDIN), []
+    real.reset(seed=[7])
+
+    class Arm:
+        def go_to(self, qpos):
+            real.agent.robot.set_qpos(torch.tensor(qpos)[None])
+
+        def command(self, qpos):
+            commands.append(qpos)
+            controller = real.agent.controller
+            controller.articulation.set_joint_drive_targets(torch.tensor(qpos)[None], controller.joints,
+                                                            controller.active_joint_indices)
+            for _ in range(real.sim_freq // real.control_freq):
+                real.scene.step()
+
+        def positions(self):
+            return real.agent.robot.get_qpos()[0].numpy()
+
+        def velocities(self):
+            return real.agent.robot.get_qvel()[0].numpy()
+
+        def stop(self):
+            commands.append("stop")
+
+    class Pictures:
+        def read(self):
+            picture = real.observe()["image"][0].numpy()
+            return np.pad(picture, ((0, 0), (16, 16), (0, 0)))  # as wide as cameras are: ManiSkill crops it
+
+    class Spy:
+        chunk = 4
+
+        def __init__(self, policy):
+            self.policy, self.seen = policy, []
+
+        def act(self, obs, sample):
+            self.seen.append((obs["image"], obs["state"], real.observe()))
+            return self.policy.act(obs, sample)
+
+    spy = Spy(load_policy(checkpoint))
+    monkeypatch.setitem(sys.modules, "my_arm", types.SimpleNamespace(arm=Arm(), camera=Pictures()))
+    monkeypatch.setattr("policy.load_policy", lambda name: spy)
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    before = real.agent.robot.get_qpos().clone()
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(commands) == 57 and commands[-1] == "stop" and len(spy.seen) == 14
+    assert (real.agent.robot.get_qpos() - before).abs().max() > 0.02
+    for image, state, truth in spy.seen:  # the noise of the stand-in's camera is drawn anew for every picture
+        assert (image.float() - truth["image"].float()).abs().mean() < 12
+        np.testing.assert_allclose(state, truth["state"], atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------- the arm
