@@ -610,9 +610,9 @@ def main(args: Args):
 class RecordArgs:
     """Record demonstrations with a real Franka into a LeRobot dataset, for `train_sft.py --real`.
 
-    By keyboard: w s forward and back, a d left and right, r f up and down, q e turn; hold a key to keep moving. By hand:
-    unlock the joints with the buttons on the arm and guide it. In either case space closes and opens the hand, Enter
-    ends a demonstration and keeps it, x drops it. What was kept is on disk at once; the same command goes on with it.
+    By keyboard: w s forward and back, a d left and right, r f up and down, q e turn; hold a key to keep moving. By
+    hand: unlock the joints with the buttons on the arm and guide it. In either case space closes and opens the hand,
+    Enter ends a demonstration and keeps it, x drops it. What was kept is on disk at once; the same command goes on.
     """
 
     rig: tyro.conf.OmitArgPrefixes["eval_real.Rig"] = field(default_factory=lambda: eval_real.Rig())
@@ -727,4 +727,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         raise SystemExit(f"data.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("data.py: interrupted; the dataset under way was not written") from None
+        raise SystemExit("data.py: interrupted; the dataset under way was not written; what was recorded on a robot is "
+                         "kept for the next call") from None

@@ -59,6 +59,8 @@ class Rig:
     """longest displacement in one action, m: a longer one stops the arm before its chunk moves anything"""
     max_turn: float = 0.2
     """largest rotation in one action, rad: the same"""
+    max_tilt: float = 0.5
+    """largest angle between the gripper and pointing down, rad"""
     workspace: tuple[tuple[float, float, float], tuple[float, float, float]] = envs.WORKSPACE
     """box that commanded TCP positions are kept in, m, the base frame; its bottom keeps the fingers off the table"""
     max_image_age: float = 0.5
@@ -284,6 +286,8 @@ class Franka:
         self.listener.start()
 
     def __enter__(self):
+        for sig in (signal.SIGTERM, signal.SIGHUP):  # the arm comes to rest however the program is ended
+            signal.signal(sig, signal.default_int_handler)
         return self
 
     def __exit__(self, *_):
@@ -300,7 +304,8 @@ class Franka:
             pass  # `watch` notices the silence
 
     # what the arm knows -----------------------------------------------------------------------------------------------
-    def _read(self):
+    def read(self):
+        """franka-rs's RobotState."""
         try:
             return self.arm.state() if self.arm else self.robot.read_once()
         except self.franka.FrankaError as error:
@@ -308,7 +313,7 @@ class Franka:
 
     def tcp(self):
         """Measured TCP pose [1,4,4], by the twin's kinematics and not by the end effector that Desk is told of."""
-        return envs.panda_kinematics(torch.tensor(self._read().q, dtype=torch.float32)[None])[0]
+        return envs.panda_kinematics(torch.tensor(self.read().q, dtype=torch.float32)[None])[0]
 
     def state(self):
         """The policy's state [1,7]."""
@@ -322,7 +327,7 @@ class Franka:
             if self.arm:
                 if not self.arm.running:
                     self._why_ended()
-                if (at := self._read().time) != self.heard[0]:
+                if (at := self.read().time) != self.heard[0]:
                     self.heard = at, now
                 if now - self.heard[1] > self.rig.max_silence:
                     raise ConnectionError(f"the arm has been silent for {now - self.heard[1]:.1f} s")
@@ -347,6 +352,13 @@ class Franka:
         raise Stopped("the arm has ended its motion")
 
     # motion -----------------------------------------------------------------------------------------------------------
+    def recover(self):
+        """Clear a reflex: the operator's decision."""
+        try:
+            self.robot.automatic_error_recovery()
+        except self.franka.FrankaError as error:
+            raise Stopped(f"the arm does not recover: {error}") from None
+
     def start(self):
         """Hold the present pose; actions are added to it."""
         self.stop()
@@ -370,21 +382,27 @@ class Franka:
 
     def stop(self):
         """Bring the arm to rest where it is; the fingers hold what they hold. Ends the control, `start` begins anew."""
-        arm, self.arm = self.arm, None
-        if arm is None:
+        if self.arm is None:
             return
         try:
-            tcp = envs.panda_kinematics(torch.tensor(arm.state().q, dtype=torch.float32)[None])[0]
-            self._send(arm, tcp[:, :3, 3], tcp[:, :3, :3])
-            arm.stop()
-        except self.franka.FrankaError:
+            self.arm.move_to(self._steer(self.tcp()[0]))
+            self.arm.stop()
+        except (self.franka.FrankaError, ConnectionError):
             pass  # it has stopped already: it does so by itself when commands stay away
+        self.arm = None  # not before: a Ctrl-C in here is followed by another stop
 
-    def _send(self, arm, position, rotation):
-        pose = torch.eye(4, dtype=torch.float64)
-        pose[:3, 3], pose[:3, :3] = position[0], rotation[0]
-        pose = (pose @ self.steered).numpy()
-        arm.move_to([*pose[:3, 3], *Rotation.from_matrix(pose[:3, :3]).as_quat()])
+    def _steer(self, tcp):
+        """franka-rs's target (position, quaternion) for a TCP pose [4,4]."""
+        pose = (tcp.double() @ self.steered).numpy()
+        return [*pose[:3, 3], *Rotation.from_matrix(pose[:3, :3]).as_quat()]
+
+    def _send(self):
+        target = torch.eye(4)
+        target[:3, 3], target[:3, :3] = self.position[0], self.rotation[0]
+        try:
+            self.arm.move_to(self._steer(target))
+        except self.franka.FrankaError:
+            self._why_ended()
 
     def check(self, actions):
         """Raise Stopped, with the arm at rest, if one of the actions [C,7] is not to be executed."""
@@ -403,13 +421,16 @@ class Franka:
         asked = self.position + action[None, :3]
         self.position, self.rotation = envs.move_target(self.position, self.rotation, action[None], self.box)
         self.kept_inside += bool((asked - self.position).abs().max() > 1e-6)
+        if (tilt := math.acos(min(1.0, max(-1.0, -float(self.rotation[0, 2, 2]))))) > self.rig.max_tilt:
+            self.stop()
+            raise Stopped(f"the gripper would be tilted by {tilt:.2f} rad, --max-tilt is {self.rig.max_tilt}")
         if self.dry_run:
             target = torch.eye(4)[None]
             target[:, :3, 3], target[:, :3, :3] = self.position, self.rotation
             print("  target", *[f"{x:7.3f}" for x in envs.proprioceptive_state(target, action[None, 6:])[0].tolist()])
         else:
             self.watch()
-            self._send(self.arm, self.position, self.rotation)
+            self._send()
             self.move_fingers(float(action[6]))
         self.rest(due)
 
@@ -431,8 +452,8 @@ class Franka:
                 self.moving_fingers and not self.moving_fingers.done()):
             return
         self.fingers = width
-        self.moving_fingers = (self.pool.submit(self.hand.move, width, 0.1) if width else
-                               self.pool.submit(self.hand.grasp, 0.0, 0.1, 20.0, 0.1, 0.1))  # m, m/s, N; any width is one
+        self.moving_fingers = (self.pool.submit(self.hand.move, width, 0.1) if width else  # m, m/s; grasp at any width,
+                               self.pool.submit(self.hand.grasp, 0.0, 0.1, 20.0, 0.1, 0.1))  # with 20 N
 
     def go_to(self, position, gripper: float):
         """Take the TCP to a position [3], pointing down: up, across, down; the control ends there."""
@@ -444,7 +465,7 @@ class Franka:
         self.move_fingers(gripper)
         for start, end in ((here, up), (up, across), (across, goal)):
             self.position, self.rotation = end, envs.POINTING_DOWN[None]
-            self._send(self.arm, self.position, self.rotation)
+            self._send()
             latest = time.monotonic() + 5 + 2 * float((end - start).norm()) / self.rig.speed
             while (self.tcp()[0, :3, 3] - end[0]).norm() > 0.02:
                 if time.monotonic() > latest:
@@ -510,14 +531,14 @@ def get_ready(robot: Franka, keyboard: Keyboard, env, seed: int, trial: str, ove
     key, and a reflex is cleared only if the operator says so."""
     env.reset(seed=[seed])
     wanted = env.render_rgb_array()[0].cpu().numpy()
-    while (mode := robot.robot.read_once().robot_mode) != "idle":
+    while (mode := robot.read().robot_mode) != "idle":
         if mode != "reflex":
             keyboard.ask(f"the arm cannot be moved, its mode is {mode}: release its stop button, unlock its joints; "
                          f"then Enter", "\n")
         elif keyboard.ask("the arm is in a reflex. Is it free to move? y: recover, n: quit", "yn") == "n":
             raise SystemExit("the arm is left in its reflex")
         else:
-            robot.robot.automatic_error_recovery()
+            robot.recover()
     keyboard.ask(f"{trial}. Enter: the arm moves to its start; keep clear", "\n")
     robot.go_to(env.tcp.p[0].cpu(), env.start_gripper)
     keyboard.ask(f"arrange the scene as in {overlay}. Enter: it starts", "\n",
@@ -557,16 +578,18 @@ def play(policy, robot: Franka, keyboard: Keyboard, instruction: str, max_steps:
 def evaluate_franka(policies: dict, args: Args):
     """N trials of every checkpoint, from the same initial states, one state after the other; the operator arranges
     them and judges. Saved after every trial; started again, it goes on with the first trial that is missing."""
-    path, rig, saved = args.out / "franka.json", args.rig, dict(task=args.task, trials=[], void=[])
+    path, rig, saved = args.out / "franka.json", args.rig, dict(task=args.task, weights={}, trials=[], void=[])
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.trials)
     if path.exists() and (saved := json.loads(path.read_text()))["task"] != args.task:
         raise ValueError(f"{path} is an evaluation of {saved['task']}: choose another folder with --out")
+    weights = {name: max([f.stat().st_mtime for f in Path(name).glob("*.safetensors")], default=0) for name in policies}
+    if changed := [name for name in policies if saved["weights"].get(name, weights[name]) != weights[name]]:
+        raise ValueError(f"{', '.join(changed)}: not the checkpoint of the trials in {path}: choose another --out")
+    saved["weights"] |= weights
     todo = [(seed, name) for seed in seeds for name in policies
             if not any((t["seed"], t["policy"]) == (seed, name) for t in saved["trials"])]
     if todo and saved["trials"]:
         print(f"{path}: {len(saved['trials'])} trials are done, {len(todo)} to go")
-    for sig in (signal.SIGTERM, signal.SIGHUP):  # an arm comes to rest however the program is ended
-        signal.signal(sig, signal.default_int_handler)
 
     def save():
         results = []
@@ -618,8 +641,8 @@ def evaluate_franka(policies: dict, args: Args):
                 print(f"{number}: {said}", flush=True)
     if not args.dry_run:
         late, decisions = (sum(t[key] for t in saved["trials"]) for key in ("late", "decisions"))
-        print(f"\n{table(save())}\n\n{args.task}; {len(saved['void'])} attempts were stopped or aborted and do not count; "
-              f"{late} of {decisions} decisions were late; {path}, videos beside it")
+        print(f"\n{table(save())}\n\n{args.task}; {len(saved['void'])} attempts were stopped or aborted and do not "
+              f"count; {late} of {decisions} decisions were late; {path}, videos beside it")
 
 
 def align(args: Args):
@@ -688,9 +711,9 @@ def serve(policy, args: Args):
             return actions, took, (torch.get_rng_state(), torch.cuda.get_rng_state_all())
 
     def handle(client):
-        client.send(msgpack.packb(metadata))
         noise = None
         try:
+            client.send(msgpack.packb(metadata))
             for message in client:
                 try:
                     obs = read_obs(msgpack.unpackb(message, object_hook=unpack_array), instruction)
