@@ -12,11 +12,17 @@ demo: setup
 	$(PY) train_rlco.py
 	$(PY) eval_real.py
 
-test: setup
+test: setup .venv/robot
 	@$(PY) -m pytest tests
 
 results: setup
 	@$(PY) results/experiment.py
+
+# openpi-client pins numpy < 2 and runs with numpy 2 all the same.
+.venv/robot: requirements-robot.txt .venv/installed
+	@$(PY) -m pip install -r requirements-robot.txt
+	$(PY) -m pip install --no-deps openpi-client==0.1.2
+	touch $@
 
 # Touched last, so that an interrupted installation is taken up again.
 .venv/installed: requirements.txt

@@ -2,24 +2,29 @@
 
     python data.py                                  # scripted demonstrations of push cube: twin, stand-in, validation
     python data.py --num-twin 1000 --workers 8      # more of them, on more cores
+    python data.py record --robot-ip 172.16.0.2     # demonstrations on a real Franka, by keyboard or by hand
 
 A dataset is a folder in LeRobot's format: v3.0 is written, v2.1 and v3.0 are read, so it may as well come from a real
 robot or from the Hub. State and action have 7 dimensions; units and frames are those of envs.py.
 """
+import contextlib
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
+import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -572,6 +577,7 @@ class Args:
 
     The twin's are D_sim. The stand-in's are D_real where there is no robot; those for validation are held out from
     training, to measure the imitation loss on real demonstrations. A dataset that exists is kept as it is.
+    `python data.py record --help` is about demonstrations on a real arm.
     """
 
     task: str = "push_cube"
@@ -606,10 +612,127 @@ def main(args: Args):
             print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
 
 
+# ------------------------------------------------------------------------------------------------- recording on a robot
+@dataclass
+class RecordArgs:
+    """Record demonstrations with a real Franka into a LeRobot dataset, for `train_sft.py --real`.
+
+    By keyboard: w s forward and back, a d left and right, r f up and down, q e turn; hold a key to keep moving. By
+    hand: unlock the joints with the buttons on the arm and guide it. In either case space closes and opens the hand,
+    Enter ends a demonstration and keeps it, x drops it. What was kept is on disk at once; the same command goes on.
+    """
+
+    rig: tyro.conf.OmitArgPrefixes["eval_real.Rig"] = field(default_factory=lambda: eval_real.Rig())
+    """the arm, the camera, and limits that every motion keeps"""
+    task: str = "push_cube"
+    """a task of envs.py: its instruction, and the initial states to arrange"""
+    out: Path = Path("demos/push_cube-real")
+    """the dataset; it appears when all demonstrations are there"""
+    episodes: int = 50
+    """how many"""
+    by: Literal["keyboard", "spacemouse", "hand"] = "keyboard"
+    """what leads the arm; a SpaceMouse needs `pip install pyspacemouse`"""
+    pace: float = 0.1
+    """speed of the keyboard, and full speed of the SpaceMouse, m/s; turning is five times as much, in rad/s"""
+
+
+STEER = {"w": (0, 1), "s": (0, -1), "a": (1, 1), "d": (1, -1), "r": (2, 1), "f": (2, -1), "q": (5, 1), "e": (5, -1)}
+
+
+def motion_between(tcp, later):
+    """The action's first six numbers that take one TCP pose [1,4,4] to another: what `envs.move_target` undoes."""
+    import envs
+
+    turn = envs.matrix_to_euler_angles(later[:, :3, :3] @ tcp[:, :3, :3].mT, "ZYX").flip(-1)
+    return torch.cat([later[:, :3, 3] - tcp[:, :3, 3], turn], -1)[0]
+
+
+def demonstrate_by_operator(robot, keyboard, args, gripper, mouse):
+    """One demonstration at the control rate, or None if the operator drops it. It begins with the first motion."""
+    import envs
+
+    image, state, action, guided = [], [], [], args.by == "hand"
+    if not guided:
+        robot.start()
+    while "\n" not in (keys := keyboard.pressed().replace("\r", "\n")):
+        if "x" in keys:
+            robot.stop()
+            return None
+        toggled = keys.count(" ") % 2
+        gripper = (1.0 if gripper < -0.5 else -1.0) if toggled else gripper
+        seen, here, due = robot.camera.read(args.rig.image_size), robot.tcp(), time.monotonic() + 1 / envs.CONTROL_HZ
+        proprioception, move = robot.state()[0], torch.zeros(7)
+        move[6] = gripper
+        if guided:
+            robot.move_fingers(gripper)
+            robot.rest(due)
+            move[:6] = motion_between(here, robot.tcp())
+            moved = move[:3].norm() > 0.001 or move[3:6].norm() > 0.01
+        else:
+            for axis, sign in {STEER[key] for key in keys if key in STEER}:
+                move[axis] = sign * args.pace / envs.CONTROL_HZ * (5 if axis > 2 else 1)
+            if mouse:
+                for _ in range(100):  # the reports since the last step; the last one counts
+                    report = mouse.read()
+                move[:3] = torch.tensor([report.x, report.y, report.z]) * args.pace / envs.CONTROL_HZ
+                move[3:6] = torch.tensor([report.roll, report.pitch, report.yaw]) * args.pace / envs.CONTROL_HZ * 5
+            robot.check(move[None])
+            robot.step(move)
+            moved = move[:6].any()
+        if image or moved or toggled:
+            image.append(seen), state.append(proprioception.numpy()), action.append(move.numpy())
+    robot.stop()
+    return dict(image=np.stack(image), state=np.stack(state), action=np.stack(action)) if image else None
+
+
+def record(args: RecordArgs):
+    import envs
+    import eval_real
+
+    envs.check_task(args.task)
+    parts, mouse = args.out.with_name(f"{args.out.name}.parts"), None
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists already: delete it, or choose another folder")
+    parts.mkdir(parents=True, exist_ok=True)
+    kept = lambda: sorted(parts.glob("[0-9]*.npz"))
+    if args.by == "spacemouse":
+        try:
+            import pyspacemouse
+            mouse = pyspacemouse.open(axis_convention=pyspacemouse.AxisConvention.ROS)  # x forward, y left, z up
+        except (ImportError, RuntimeError) as error:
+            raise SystemExit(f"no SpaceMouse: {error} (pip install pyspacemouse)") from None
+    env = envs.make(args.task, envs.TWIN, video_size=512)
+    if len(kept()) < args.episodes:
+        with contextlib.closing(eval_real.Camera(args.rig)) as camera, eval_real.Keyboard() as keyboard, \
+                eval_real.Franka(args.rig, camera) as robot:
+            while (n := len(kept())) < args.episodes:
+                try:
+                    eval_real.get_ready(robot, keyboard, env, envs.SEEDS["real_demos"] + n,
+                                        f"demonstration {n + 1} of {args.episodes}", parts / "overlay.png")
+                    print("Enter: done, keep it; x: drop it", flush=True)
+                    episode = demonstrate_by_operator(robot, keyboard, args, env.start_gripper, mouse)
+                except eval_real.Stopped as why:
+                    print(f"dropped. {why}", flush=True)
+                    continue
+                if episode:
+                    with open(temporary := parts / "unfinished", "wb") as file:
+                        np.savez(file, **episode)
+                    os.replace(temporary, parts / f"{n:04d}.npz")
+                print(f"kept, {len(episode['action'])} steps" if episode else "dropped", flush=True)
+    write_dataset(args.out, (dict(np.load(path), prompt=env.instruction) for path in kept()), envs.CONTROL_HZ)
+    shutil.rmtree(parts)
+    print(f"{args.out}: {args.episodes} demonstrations")
+
+
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args))
+        if sys.argv[1:2] == ["record"]:
+            import eval_real  # where RecordArgs looks for its Rig
+            record(tyro.cli(RecordArgs, prog="data.py record", args=sys.argv[2:]))
+        else:
+            main(tyro.cli(Args))
     except (ValueError, OSError) as error:
         raise SystemExit(f"data.py: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("data.py: interrupted; the dataset under way was not written") from None
+        raise SystemExit("data.py: interrupted; the dataset under way was not written; what was recorded on a robot is "
+                         "kept for the next call") from None

@@ -200,6 +200,26 @@ def inverse_kinematics(q, position, rotation, iterations=1):
     return q
 
 
+def move_target(position, rotation, action, box):
+    """Where an action [B,7] takes a commanded TCP pose, position [B,3] and rotation [B,3,3], inside `box` [2,3]."""
+    position = torch.minimum(torch.maximum(position + action[:, :3], box[0]), box[1])
+    if action[:, 3:6].any():
+        rotation = euler_angles_to_matrix(action[:, 3:6].flip(-1), "ZYX") @ rotation
+    return position, rotation
+
+
+def finger_target(gripper):
+    """Where an action's gripper part (-1 .. +1) sends each finger (m): 1 cm past closed is what makes a grasp hold."""
+    return (gripper + 1) / 2 * (GRIPPER_OPEN + 0.01) - 0.01
+
+
+def proprioceptive_state(tcp, opening):
+    """TCP pose [B,4,4] in the base frame, gripper opening [B,1] (-1 .. +1) -> state [B,7]: TCP x y z (m), roll pitch
+    yaw (rad) from pointing down, opening."""
+    turn = matrix_to_euler_angles(tcp[:, :3, :3] @ POINTING_DOWN.to(tcp.device).mT, "ZYX").flip(-1)
+    return torch.cat([tcp[:, :3, 3], turn, opening.clip(-1, 1)], -1)
+
+
 class DeltaPoseController(BaseController):
     """Action [B,7] = Δx Δy Δz (m), Δroll Δpitch Δyaw (rad), gripper (-1 closed .. +1 open), robot base frame.
 
@@ -232,14 +252,11 @@ class DeltaPoseController(BaseController):
 
     def set_action(self, action):
         action = torch.minimum(torch.maximum(action, -self.bound), self.bound)
-        self.position = torch.minimum(torch.maximum(self.position + action[:, :3], self.box[0]), self.box[1])
-        if action[:, 3:6].any():
-            self.rotation = euler_angles_to_matrix(action[:, 3:6].flip(-1), "ZYX") @ self.rotation
+        self.position, self.rotation = move_target(self.position, self.rotation, action, self.box)
         self.q_target = inverse_kinematics(self.q_target, self.position, self.rotation)
-        # commanding 1 cm past closed is what makes a grasp hold
-        finger = (action[:, 6:] + 1) / 2 * (GRIPPER_OPEN + 0.01) - 0.01
         self.articulation.set_joint_drive_targets(
-            torch.cat([self.q_target, finger.expand(-1, 2)], -1), self.joints, self.active_joint_indices)
+            torch.cat([self.q_target, finger_target(action[:, 6:]).expand(-1, 2)], -1), self.joints,
+            self.active_joint_indices)
 
 
 @dataclass
@@ -405,7 +422,8 @@ class TabletopEnv(BaseEnv):
         return data
 
     def _get_obs_extra(self, info):
-        return dict(state=self.proprioception())
+        q = self.agent.robot.get_qpos()  # in a Sim2RealEnv that of the real arm, which the twin follows a step later
+        return dict(state=proprioceptive_state(panda_kinematics(q[:, :7])[0], q[:, 7:8] / GRIPPER_OPEN * 2 - 1))
 
     def compute_dense_reward(self, obs, action, info):
         """Success plus the change of the task's potential, undiscounted (potential-based shaping, Ng 1999)."""
@@ -425,10 +443,8 @@ class TabletopEnv(BaseEnv):
 
     def proprioception(self):
         """Proprioceptive state [B,7]: TCP x y z (m), roll pitch yaw (rad) from pointing down, gripper -1 .. +1."""
-        matrix = self.tcp.to_transformation_matrix()
-        turn = matrix_to_euler_angles(matrix[:, :3, :3] @ POINTING_DOWN.to(self.device).mT, "ZYX").flip(-1)
-        opening = self.agent.robot.get_qpos()[:, 7:8] / GRIPPER_OPEN * 2 - 1
-        return torch.cat([matrix[:, :3, 3], turn, opening.clip(-1, 1)], -1)
+        return proprioceptive_state(self.tcp.to_transformation_matrix(),
+                                    self.agent.robot.get_qpos()[:, 7:8] / GRIPPER_OPEN * 2 - 1)
 
     def observe(self, obs: dict | None = None):
         """Observation of the policy contract: image uint8 [B,H,W,3], state float32 [B,7], prompt B strings; from

@@ -62,7 +62,8 @@ def test_evaluation_repeats_itself(folder):
     assert len(list((folder / "runs/eval/videos").glob("*.mp4"))) >= 4 and (folder / "runs/eval/twin_and_standin.mp4").exists()
     output = run(folder, *"eval_real.py --episodes 3 --num-envs 1 --videos 0 --out again".split())
     again = json.loads((folder / "again/results.json").read_text())
-    assert first["results"] == again["results"]
+    assert first["results"] == again["results"] and first["weights"] == again["weights"]
+    assert len(set(first["weights"].values())) == 2
     assert "not a real robot" in output and "of 3" in output
 
 
