@@ -178,7 +178,8 @@ def main(args: Args):
             for column in played])
     for world in worlds.values():
         world.close()
-    print(f"\n{table(results)}\n\n{args.task}{f', unseen {args.variation}' if args.variation else ''}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"
+    what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
+    print(f"\n{table(results)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"
           f"{' and videos' if args.videos else ''} in {args.out}")
 
 
