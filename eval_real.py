@@ -585,10 +585,12 @@ def play(policy, robot: Franka, keyboard: Keyboard, instruction: str, max_steps:
 def evaluate_franka(policies: dict, args: Args):
     """N trials of every checkpoint, from the same initial states, one state after the other; the operator arranges
     them and judges. Saved after every trial; started again, it goes on with the first trial that is missing."""
-    path, rig, saved = args.out / "franka.json", args.rig, dict(task=args.task, weights={}, trials=[], void=[])
+    path, rig, what = args.out / "franka.json", args.rig, dict(task=args.task, variation=args.variation)
+    saved = dict(what, weights={}, trials=[], void=[])
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.trials)
-    if path.exists() and (saved := json.loads(path.read_text()))["task"] != args.task:
-        raise ValueError(f"{path} is an evaluation of {saved['task']}: choose another folder with --out")
+    if path.exists() and {key: (saved := json.loads(path.read_text())).get(key) for key in what} != what:
+        raise ValueError(f"{path} is an evaluation of {saved['task']}, variation {saved.get('variation')}: choose another "
+                         f"folder with --out")
     weights = {name: sha256(name) for name in policies}
     if changed := [name for name in policies if saved["weights"].get(name, weights[name]) != weights[name]]:
         raise ValueError(f"{', '.join(changed)}: not the checkpoint of the trials in {path}: choose another --out")
@@ -624,7 +626,7 @@ def evaluate_franka(policies: dict, args: Args):
         return dict(policy=name, seed=seed, success=key == "y", **played)
 
     if todo:
-        env = envs.make(args.task, envs.TWIN, video_size=512)
+        env = envs.make(args.task, envs.TWIN, video_size=512, variation=args.variation)
         with closing(Camera(rig)) as camera, Keyboard() as keyboard, Franka(rig, camera, args.dry_run) as robot:
             while todo:
                 seed, name = todo[0]

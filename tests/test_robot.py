@@ -1,5 +1,6 @@
 """The real path without an arm: openpi's own client at the server, franka-rs at franka-sim, OpenCV at video files."""
 import contextlib
+import dataclasses
 import fcntl
 import functools
 import http.server
@@ -654,10 +655,13 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     assert len(videos) == 5 and sum("success" in v.name for v in videos) == 3
     assert cv2.imread(str(tmp_path / "runs/overlay.png")).shape == (512, 1536, 3)
     args.rig.robot_ip = args.rig.camera = "nowhere"
-    (checkpoint / "model.safetensors").touch()
+    saved = path.read_text()
+    path.write_text(saved.replace(eval_real.sha256(checkpoint), "another"))
     with pytest.raises(ValueError, match="not the checkpoint of the trials"):
         eval_real.main(args)
-    path.write_text(path.read_text().replace(json.dumps(str(checkpoint)) + ": 1", json.dumps("another") + ": 1"))
+    path.write_text(saved)
+    with pytest.raises(ValueError, match="an evaluation of push_cube"):
+        eval_real.main(dataclasses.replace(args, variation="positions"))
     assert "60 % [23, 88] of 5" in Here(lambda operator: None).run(eval_real.main, args).said  # all done: no arm needed
 
 
