@@ -63,7 +63,7 @@ def test_evaluation_repeats_itself(folder):
     output = run(folder, *"eval_real.py --episodes 3 --num-envs 1 --videos 0 --out again".split())
     again = json.loads((folder / "again/results.json").read_text())
     assert first["results"] == again["results"] and first["weights"] == again["weights"]
-    assert len(set(first["weights"].values())) == 2
+    assert all(len(digest) == 64 for digest in first["weights"].values())
     assert "not a real robot" in output and "of 3" in output
 
 
