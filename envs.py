@@ -519,7 +519,7 @@ class PushCube(TabletopEnv):
     instruction = "push the cube to the target"
     max_episode_steps = 56
     start_gripper = -1.0
-    half_size, tolerance, at_rest = 0.025, 0.018, 0.03  # m, m, m/s
+    half_size, tolerance, at_rest = 0.025, 0.025, 0.03  # m, m, m/s
 
     def _load_objects(self):
         self.cube = self.movable("cube", self.half_size)
