@@ -127,13 +127,18 @@ def run(groups, jobs):
     for task, target in {(c.command.split("--task ")[1].split()[0], c.command.split("--target ")[1].split()[0]
                           if "--target" in c.command else "standin") for c in todo.values()}:
         subprocess.run([sys.executable, "data.py", "--task", task, "--target", target], check=True)
+    Path("runs/experiment").mkdir(parents=True, exist_ok=True)
     while todo or running:
         for cell in [c for c in todo.values() if all(map(done, c.needs))][:jobs - len(running)]:
             del todo[cell.out]
-            Path(cell.out).parent.mkdir(parents=True, exist_ok=True)
-            log = open(f"{cell.out}.log" if cell.out.startswith("runs") else os.devnull, "a")
-            running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
-                                             env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
+            if cell.out.startswith("results"):  # before the evaluation, whose results say that all is there
+                Path(cell.out).mkdir(exist_ok=True)
+                for need in cell.needs:
+                    if Path(need.out, "metrics.json").exists():
+                        shutil.copy(f"{need.out}/metrics.json", f"{cell.out}/{Path(need.out).name}.json")
+            with open(f"runs/experiment/{Path(cell.out).name}.log", "a") as log:
+                running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
+                                                 env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
             print(f"{time.strftime('%H:%M')} begins {cell.out} ({len(todo)} to come)", flush=True)
         for cell, (process, began) in list(running.items()):
             if process.poll() is not None:
@@ -144,9 +149,6 @@ def run(groups, jobs):
                     failed.add(cell.out)
                 elif cell.out.startswith("runs"):
                     Path(cell.out, "done").touch()
-                for need in cell.needs if cell.out.startswith("results") and done(cell) else ():
-                    if Path(need.out, "metrics.json").exists():
-                        shutil.copy(f"{need.out}/metrics.json", f"{cell.out}/{Path(need.out).name}.json")
         if not running and not any(all(map(done, c.needs)) for c in todo.values()):
             break  # what is left needs what has failed
         time.sleep(1)
