@@ -584,7 +584,7 @@ class Args:
     """Which task of envs.py."""
     target: str = "standin"
     """The domain of envs.py that plays the robot."""
-    num_twin: int = 500
+    num_twin: int = 100
     """Demonstrations in the twin. Simulated frames are cheap, and visual features need many."""
     num_real: int = 50
     """Demonstrations in the target: the "real" ones."""

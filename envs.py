@@ -528,8 +528,8 @@ class PushCube(TabletopEnv):
 
     def _place_objects(self, env_idx):
         x, y, yaw, distance, angle = self.draw_places(5, len(env_idx))
-        cube = torch.stack([0.46 + 0.04 * x, 0.10 * y, torch.full_like(x, self.half_size)], -1)
-        heading, length = 0.35 * angle, 0.15 + 0.03 * distance
+        cube = torch.stack([0.43 + 0.05 * x, 0.11 * y, torch.full_like(x, self.half_size)], -1)
+        heading, length = 0.5 * angle, 0.14 + 0.04 * distance
         goal = cube + torch.stack([length * heading.cos(), length * heading.sin(), -cube[:, 2]], -1)
         self.cube.set_pose(Pose.create_from_pq(cube, yaw_quaternion(0.3 * yaw)))
         self.goal.set_pose(Pose.create_from_pq(goal))
@@ -686,8 +686,8 @@ class Drawer(TabletopEnv):
 
     def _place_objects(self, env_idx):
         x, y, yaw, opening = self.draw_places(4, len(env_idx))
-        position = torch.stack([0.47 + 0.05 * x, -0.12 + 0.03 * y, torch.zeros_like(x)], -1)
-        self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.15 * yaw)))
+        position = torch.stack([0.47 + 0.07 * x, -0.12 + 0.05 * y, torch.zeros_like(x)], -1)
+        self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.35 * yaw)))
         low, high = self.start_opening
         self.cabinet.set_qpos((low + (high - low) * (opening + 1) / 2)[:, None])
         self.cabinet.set_qvel(torch.zeros(len(env_idx), 1, device=self.device))

@@ -36,7 +36,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import envs
-from policy import load_policy
+from policy import load_policy, write_file
 
 
 @dataclass
@@ -160,7 +160,7 @@ def main(args: Args):
                                 seeds=[seeds[0], seeds[-1]], successes=successes, success_rate=successes / args.episodes,
                                 wilson=wilson(successes, args.episodes), mean_length=float(played["length"].mean()),
                                 success=played["success"].tolist(), length=played["length"].tolist()))
-    write_json(args.out / "results.json", dict(args=json.loads(json.dumps(asdict(args), default=str)), results=results,
+    write_file(args.out / "results.json", dict(args=json.loads(json.dumps(asdict(args), default=str)), results=results,
                                                **repeat))
 
     for r in results if args.videos else ():
@@ -609,7 +609,7 @@ def evaluate_franka(policies: dict, args: Args):
                 results.append(dict(policy=name, domain="franka", task=args.task, episodes=len(trials), successes=wins,
                                     success_rate=wins / len(trials), wilson=wilson(wins, len(trials)),
                                     mean_length=float(np.mean([t["steps"] for t in trials]))))
-        write_json(path, dict(saved, results=results, args=json.loads(json.dumps(asdict(args), default=str)),
+        write_file(path, dict(saved, results=results, args=json.loads(json.dumps(asdict(args), default=str)),
                               **provenance()))
         return results
 
@@ -740,11 +740,6 @@ def serve(policy, args: Args):
     with listen(handle, args.host, args.port, compression=None, max_size=1 << 26, process_request=health) as server:
         print(f"serving {args.policies[0]} on ws://{args.host}:{server.socket.getsockname()[1]}", flush=True)
         server.serve_forever()
-
-
-def write_json(path: Path, content):
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1))
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 def sha256(checkpoint: str) -> str:

@@ -194,11 +194,13 @@ def masked_mean(loss: torch.Tensor, keep: torch.Tensor, reduce: bool) -> torch.T
 
 
 def write_file(file: Path, content) -> None:
-    """Write tensors, bytes or JSON whole or not at all."""
+    """Write tensors, the state of a training, bytes or JSON whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file.with_name(f".{file.name}.tmp")
     if file.suffix == ".safetensors":
         save_file({k: v.contiguous() for k, v in content.items()}, tmp, {"format": "pt"})
+    elif file.suffix == ".pt":
+        torch.save(content, tmp)
     else:
         tmp.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
     os.replace(tmp, file)

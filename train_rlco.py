@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import envs
-from policy import cat_obs, index_obs, load_policy
+from policy import cat_obs, index_obs, load_policy, write_file
 
 
 @dataclass
@@ -310,12 +310,10 @@ def main(args: Args):
         if iteration + 1 == args.iterations:
             metrics.append(dict(iteration=args.iterations, **validate(args.iterations)))
         policy.save(args.out / "last")
-        torch.save(dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
-                        policy=policy.state_dict(), optimizer=optimizer.state_dict(), rng=torch.get_rng_state()),
-                   state_file.with_suffix(".tmp"))
-        os.replace(state_file.with_suffix(".tmp"), state_file)
-        (args.out / "metrics.tmp").write_text(json.dumps(metrics, indent=1))
-        os.replace(args.out / "metrics.tmp", args.out / "metrics.json")
+        write_file(state_file, dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
+                                    policy=policy.state_dict(), optimizer=optimizer.state_dict(),
+                                    rng=torch.get_rng_state()))
+        write_file(args.out / "metrics.json", metrics)
 
     plot_run(metrics, args.target, args.out / "learning_curve.png")
     writer.close(), twin.close(), target.close()

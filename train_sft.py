@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import envs
-from policy import index_obs, load_policy
+from policy import index_obs, load_policy, write_file
 
 
 @dataclass
@@ -174,10 +174,9 @@ def main(args: Args):
                 policy.save(args.out / "best")
         if step % 100 == 0 or step == args.steps:
             policy.save(args.out / "last")
-            torch.save(dict(args=settings, step=step, best=best, policy=policy.state_dict(), rng=torch.get_rng_state(),
-                            optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict()),
-                       state_file.with_suffix(".tmp"))
-            os.replace(state_file.with_suffix(".tmp"), state_file)
+            write_file(state_file, dict(args=settings, step=step, best=best, policy=policy.state_dict(),
+                                        optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+                                        rng=torch.get_rng_state()))
     bar.close(), writer.close(), twin.close(), target.close()
     print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
           f"tensorboard --logdir {args.out}; next: python train_rlco.py")
