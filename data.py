@@ -584,8 +584,8 @@ class Args:
     """Which task of envs.py."""
     target: str = "standin"
     """The domain of envs.py that plays the robot."""
-    num_twin: int = 100
-    """Demonstrations in the twin. Simulated frames are cheap, and visual features need many."""
+    num_twin: int = 500
+    """Demonstrations in the twin. More of them make stage I better, and leave less for RL to do."""
     num_real: int = 50
     """Demonstrations in the target: the "real" ones."""
     num_val: int = 20

@@ -549,7 +549,7 @@ class PushCube(TabletopEnv):
 
     def expert(self, rng):
         """Yields actions [7]: over the far side, down, push along a misjudged line that is corrected late."""
-        hand, misjudged, patience, way = Hand(self, rng), rng.normal(0, 0.007), rng.uniform(0.3, 0.7), np.zeros(2)
+        hand, misjudged, patience, way = Hand(self, rng), rng.normal(0, 0.017), rng.uniform(0.15, 0.5), np.zeros(2)
 
         def look():
             """TCP [3], push direction [2], its normal [2], cube to goal (m), TCP's lateral offset from the cube (m)."""
@@ -581,6 +581,7 @@ class PushCube(TabletopEnv):
                 yield hand.towards(target, 0.2 * np.clip((left - underway) / 0.08, 0.15, 1), -1)
             for _ in range(4):
                 yield hand.towards(tcp + np.array([*(-way * 0.02), 0.08]), 0.25, -1)
+            misjudged *= 0.2  # who has missed looks closer
 
 
 class PickPlace(TabletopEnv):
@@ -735,6 +736,7 @@ class OpenDrawer(Drawer):
                 left = self.goal + 0.015 - float(self.opening[0])
                 yield hand.towards(handle(-0.005, max(left, 0)), 0.2, -1)
             yield from hand.reach(lambda: handle(0.08, 0.02), 0.3, 0.2, 0.02)
+            misjudged *= 0.2
 
 
 class CloseDrawer(Drawer):
@@ -754,7 +756,7 @@ class CloseDrawer(Drawer):
 
     def expert(self, rng):
         """Yields actions [7]: in front of the handle, down, push; again if the hand has missed the handle."""
-        hand, misjudged = Hand(self, rng), np.array([rng.normal(0, 0.012), 0, 0])
+        hand, misjudged = Hand(self, rng), np.array([rng.normal(0, 0.02), 0, 0])
         front = lambda outward, height: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
         while True:
             yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.015)
@@ -763,6 +765,7 @@ class CloseDrawer(Drawer):
             while np.abs(front(0, 0) - self.tcp.p[0].numpy())[[0, 2]].max() < 0.04:
                 yield hand.towards(front(0.01 - float(self.opening[0]), 0), 0.25, -1)
             yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.02)
+            misjudged *= 0.2
 
 
 TASKS = dict(pick_place=PickPlace, push_cube=PushCube, open_drawer=OpenDrawer, close_drawer=CloseDrawer)
