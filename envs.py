@@ -528,8 +528,8 @@ class PushCube(TabletopEnv):
 
     def _place_objects(self, env_idx):
         x, y, yaw, distance, angle = self.draw_places(5, len(env_idx))
-        cube = torch.stack([0.43 + 0.05 * x, 0.11 * y, torch.full_like(x, self.half_size)], -1)
-        heading, length = 0.5 * angle, 0.14 + 0.04 * distance
+        cube = torch.stack([0.46 + 0.04 * x, 0.10 * y, torch.full_like(x, self.half_size)], -1)
+        heading, length = 0.35 * angle, 0.15 + 0.03 * distance
         goal = cube + torch.stack([length * heading.cos(), length * heading.sin(), -cube[:, 2]], -1)
         self.cube.set_pose(Pose.create_from_pq(cube, yaw_quaternion(0.3 * yaw)))
         self.goal.set_pose(Pose.create_from_pq(goal))

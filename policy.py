@@ -44,7 +44,7 @@ LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings":
 PRESETS = {
     # From scratch in minutes on 2 CPU cores. No tanh GELU: it costs four times erf GELU or SiLU there.
     "tiny-pi05": {
-        **PI05, "action_dim": 7, "action_horizon": 4, "chunk": 4, "noise_std": [0.08, 0.16], "loss_draws": 4,
+        **PI05, "action_dim": 7, "action_horizon": 4, "chunk": 4, "noise_std": [0.15, 0.25], "loss_draws": 4,
         "vision": {"image_size": 64, "patch_size": 8, "hidden_size": 96, "num_hidden_layers": 2,
                    "num_attention_heads": 3, "intermediate_size": 192, "hidden_act": "gelu"},
         "vlm": {**TINY_GEMMA, "width": 96, "mlp_dim": 192, "vocab_size": VOCAB},

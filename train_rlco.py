@@ -63,7 +63,7 @@ class Args:
     """weights in bfloat16 (heads, LoRA and norms stay in float32), to fit a large policy on a GPU"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
-    lr: float = 1e-4
+    lr: float = 1.5e-4
     value_lr: float = 1e-3
     gamma: float = 0.99
     """discount of a decision (chunk)"""

@@ -157,28 +157,27 @@ def run(groups, jobs):
 
 # --------------------------------------------------------------------------------------------------- tables and figures
 def collected():
-    """{(group, cell): {domain: [successes, episodes, training seeds]}} and {(group, cell): [metrics of each seed]}."""
+    """{(group, cell): {domain: [(successes, episodes) of each training seed]}}, {(group, cell): [metrics of each]}."""
     success, metrics = {}, {}
     for path in sorted(Path("results").glob("*-s*/results.json")):
         name = path.parent.name.rsplit("-s", 1)[0]
         for r in json.loads(path.read_text())["results"]:
             run = Path(r["policy"]).parent.name  # TASK-POLICY-CELL-sSEED
             key = name, run.split("-", 3)[3].rsplit("-s", 1)[0]
-            entry = success.setdefault(key, {}).setdefault(r["domain"], [0, 0, 0])
-            for i, add in enumerate((r["successes"], r["episodes"], 1)):
-                entry[i] += add
+            success.setdefault(key, {}).setdefault(r["domain"], []).append((r["successes"], r["episodes"]))
             if r["domain"] == "twin" and (file := path.parent / f"{run}.json").exists():
                 metrics.setdefault(key, []).append(json.loads(file.read_text()))
     return success, metrics
 
 
 def rate(entry):
-    """Success with its 95 % Wilson interval, all episodes of all training seeds together."""
+    """Success with its 95 % Wilson interval, all episodes of all training seeds together; each seed's in brackets."""
     if not entry:
         return "–"
-    successes, episodes, _ = entry
+    successes, episodes = map(sum, zip(*entry))
     low, high = wilson(successes, episodes)
-    return f"{100 * successes / episodes:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    each = f" ({', '.join(f'{100 * s / n:.0f}' for s, n in entry)})" if len(entry) > 1 else ""
+    return f"{100 * successes / episodes:.0f} % [{100 * low:.0f}, {100 * high:.0f}]{each}"
 
 
 def table(head, rows):
@@ -188,7 +187,8 @@ def table(head, rows):
 def report():
     success, metrics = collected()
     text = ["# Results\n\nMade by `python results/experiment.py`. Success on unseen episodes, the same in every cell of a "
-            "table, with 95 % Wilson intervals over the episodes of all training seeds together. **The stand-in is a second "
+            "table, with 95 % Wilson intervals over the episodes of all training seeds together (each seed's own rate in "
+            "brackets, where there are several). **The stand-in is a second "
             "simulated domain, not a real robot.** Checkpoints are the best on validation seeds in the twin.\n"]
 
     def rates(name, cells, domain):
@@ -207,21 +207,20 @@ def report():
             plot({"": curves(name, cells, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
             loss = lambda cell, i: sum(m[i]["eval/real_loss"] for m in metrics[name, cell]) / len(metrics[name, cell])
             rows = [[label, *rates(name, [cell], "twin"), *rates(name, [cell], target), f"{loss(cell, 0):.3f}",
-                     f"{loss(cell, -1):.3f}", len(metrics[name, cell])] for cell, label in cells.items()]
-            text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "real loss before RL", "after",
-                                                   "training seeds"], rows)
+                     f"{loss(cell, -1):.3f}"] for cell, label in cells.items()]
+            text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "real loss before RL", "after"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 
     for policy, label in POLICIES.items():
         groups = {task: f"main-{task}-{policy}" for task in TASKS if (f"main-{task}-{policy}", "rlco") in success}
         for domain in ("standin", "twin") if groups else ():
             entries = [[success[name, cell][domain] for name in groups.values()] for cell in PARADIGMS]
-            rows = [[task, *rates(name, PARADIGMS, domain), success[name, "rlco"][domain][2]] for task, name in groups.items()]
-            rows.append([f"all {len(groups)}", *(rate([sum(x) for x in zip(*e)]) for e in entries), ""])
+            rows = [[task, *rates(name, PARADIGMS, domain)] for task, name in groups.items()]
+            rows.append([f"all {len(groups)}", *(rate([tuple(map(sum, zip(*sum(e, []))))]) for e in entries)])
             if domain == "standin":
-                rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy]), ""])
+                rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
             text.append(f"## {label} (`{policy}`): {domain}\n\n"
-                        + table(["", *PARADIGMS.values(), "training seeds"], rows))
+                        + table(["", *PARADIGMS.values()], rows))
         if groups:
             plot({task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in metrics[name, "rlco"]]
                          for domain in ("twin", "standin")} for task, name in groups.items()}, f"results/main-{policy}.png")

@@ -71,5 +71,6 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
     experiment.report()
     text = (tmp_path / "results/README.md").read_text()
     low, high = eval_real.wilson(120, 200)
-    assert f"| push_cube | 40 % [33, 47] | 45 % [38, 52] | 60 % [{100 * low:.0f}, {100 * high:.0f}] | 2 |" in text
+    rlco = f"60 % [{100 * low:.0f}, {100 * high:.0f}] (50, 70)"
+    assert f"| push_cube | 40 % [33, 47] (30, 50) | 45 % [38, 52] (35, 55) | {rlco} |" in text
     assert (tmp_path / "results/main-tiny-pi05.png").stat().st_size > 5000
