@@ -83,8 +83,9 @@ def experiment(seed):
     of = task, policy, seed = "push_cube", "tiny-pi05", seed
     real, sft, rlco = main[task, policy]
     yield group("forgetting", seed, task, [sft, rlco] + [
-        stage2(sft, *of, f"rl{train}-beta{beta}", f"--beta {beta} {options}")
-        for train, options in (("", ""), ("_all", ALL)) for beta in BETAS if train or beta != 0.2])
+        stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}") for beta in BETAS if beta != 0.2])
+    yield group("forgetting_all", seed, task, [sft] + [
+        stage2(sft, *of, f"rl_all-beta{beta}", f"--beta {beta} {ALL}") for beta in BETAS])
     for target in ("mild", "strong"):
         start = stage1(*of, f"sft-{target}", f"--target {target}")
         yield group(f"gap-{target}", seed, task, [start] + [
@@ -198,17 +199,18 @@ def report():
         return {label: [curve(m, key, scale) for m in metrics[name, cell]] for cell, label in cells.items()
                 if (name, cell) in metrics}
 
-    def rl_section(title, name, cells, target="standin"):
-        """Success and the imitation loss on held-out real demonstrations, before and after RL, and their curves."""
+    def rl_section(title, name, start, cells, target="standin"):
+        """Success and the imitation loss on held-out real demonstrations, before RL (the cell `start`) and after."""
         cells = {cell: label for cell, label in cells.items() if (name, cell) in metrics}
         if cells:
             plot({f"{target}, success (%)": curves(name, cells, f"eval/success_{target}", 100),
                   "twin, success (%)": curves(name, cells, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
             plot({"": curves(name, cells, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
             loss = lambda cell, i: sum(m[i]["eval/real_loss"] for m in metrics[name, cell]) / len(metrics[name, cell])
-            rows = [[label, *rates(name, [cell], "twin"), *rates(name, [cell], target), f"{loss(cell, 0):.3f}",
-                     f"{loss(cell, -1):.3f}"] for cell, label in cells.items()]
-            text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "real loss before RL", "after"], rows)
+            rows = [["before RL" if cell == start else label, *rates(name, [cell], "twin"), *rates(name, [cell], target),
+                     "" if cell == start else f"{loss(cell, 0):.3f} → {loss(cell, -1):.3f}"]
+                    for cell, label in {**({start: ""} if start else {}), **cells}.items()]
+            text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 
     for policy, label in POLICIES.items():
@@ -226,12 +228,13 @@ def report():
                          for domain in ("twin", "standin")} for task, name in groups.items()}, f"results/main-{policy}.png")
             text.append(f"Stage II on validation seeds, from stage I on:\n\n![](main-{policy}.png)\n")
 
-    betas = {"rlco" if b == 0.2 else f"rl-beta{b}": f"β = {b}, action expert" for b in BETAS}
-    betas |= {f"rl_all-beta{b}": f"β = {b}, all weights" for b in BETAS}
-    rl_section("Forgetting, and the sweep of β", "forgetting", betas)
+    rl_section("Forgetting, and the sweep of β: RL of the action expert", "forgetting", "sft",
+               {"rlco" if b == 0.2 else f"rl-beta{b}": f"β = {b}" for b in BETAS})
+    rl_section("Forgetting: RL of all weights", "forgetting_all", "sft", {f"rl_all-beta{b}": f"β = {b}" for b in BETAS})
     for target in ("mild", "strong"):
-        rl_section(f"A {target} gap", f"gap-{target}", {f"rl-{target}-beta{b}": f"β = {b}" for b in (0, 0.2)}, target)
-    rl_section("Stage I with and without simulated demonstrations", "stage1",
+        rl_section(f"A {target} gap", f"gap-{target}", f"sft-{target}",
+                   {f"rl-{target}-beta{b}": f"β = {b}" for b in (0, 0.2)}, target)
+    rl_section("Stage I with and without simulated demonstrations", "stage1", None,
                {"rlco": "after SFT co-training", "rlco_from_real": "after real-only SFT"})
 
     for title, name, head, cells in (
