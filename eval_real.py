@@ -293,7 +293,8 @@ class Franka:
         self.listener.start()
 
     def __enter__(self):
-        for sig in (signal.SIGTERM, signal.SIGHUP):  # the arm comes to rest however the program is ended
+        # the arm comes to rest however the program is ended; a shell's background job begins with Ctrl-C ignored
+        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(sig, signal.default_int_handler)
         return self
 

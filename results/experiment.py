@@ -218,7 +218,8 @@ def report():
         for domain in ("standin", "twin") if groups else ():
             entries = [[success[name, cell][domain] for name in groups.values()] for cell in PARADIGMS]
             rows = [[task, *rates(name, PARADIGMS, domain)] for task, name in groups.items()]
-            rows.append([f"all {len(groups)}", *(rate([tuple(map(sum, zip(*sum(e, []))))]) for e in entries)])
+            if len(groups) > 1:
+                rows.append([f"all {len(groups)}", *(rate([tuple(map(sum, zip(*sum(e, []))))]) for e in entries)])
             if domain == "standin":
                 rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
             text.append(f"## {label} (`{policy}`): {domain}\n\n"

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -6,3 +7,4 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent.parent))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, and a background job begins with it ignored

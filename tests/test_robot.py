@@ -598,7 +598,7 @@ class Here(Operator):
 
     def run(self, main, args):
         (keys, self.keys), stdin = os.pipe(), os.dup(0)
-        handlers = {sig: signal.getsignal(sig) for sig in (signal.SIGTERM, signal.SIGHUP)}
+        handlers = {sig: signal.getsignal(sig) for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         os.dup2(keys, 0)
         self.listener.start()
         try:
