@@ -687,8 +687,8 @@ class Drawer(TabletopEnv):
 
     def _place_objects(self, env_idx):
         x, y, yaw, opening = self.draw_places(4, len(env_idx))
-        position = torch.stack([0.47 + 0.07 * x, -0.12 + 0.05 * y, torch.zeros_like(x)], -1)
-        self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.35 * yaw)))
+        position = torch.stack([0.47 + 0.05 * x, -0.12 + 0.03 * y, torch.zeros_like(x)], -1)
+        self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.15 * yaw)))
         low, high = self.start_opening
         self.cabinet.set_qpos((low + (high - low) * (opening + 1) / 2)[:, None])
         self.cabinet.set_qvel(torch.zeros(len(env_idx), 1, device=self.device))
@@ -736,7 +736,6 @@ class OpenDrawer(Drawer):
                 left = self.goal + 0.015 - float(self.opening[0])
                 yield hand.towards(handle(-0.005, max(left, 0)), 0.2, -1)
             yield from hand.reach(lambda: handle(0.08, 0.02), 0.3, 0.2, 0.02)
-            misjudged *= 0.2
 
 
 class CloseDrawer(Drawer):
@@ -756,7 +755,7 @@ class CloseDrawer(Drawer):
 
     def expert(self, rng):
         """Yields actions [7]: in front of the handle, down, push; again if the hand has missed the handle."""
-        hand, misjudged = Hand(self, rng), np.array([rng.normal(0, 0.02), 0, 0])
+        hand, misjudged = Hand(self, rng), np.array([rng.normal(0, 0.012), 0, 0])
         front = lambda outward, height: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
         while True:
             yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.015)
@@ -765,7 +764,6 @@ class CloseDrawer(Drawer):
             while np.abs(front(0, 0) - self.tcp.p[0].numpy())[[0, 2]].max() < 0.04:
                 yield hand.towards(front(0.01 - float(self.opening[0]), 0), 0.25, -1)
             yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.02)
-            misjudged *= 0.2
 
 
 TASKS = dict(pick_place=PickPlace, push_cube=PushCube, open_drawer=OpenDrawer, close_drawer=CloseDrawer)
