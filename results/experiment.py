@@ -189,8 +189,8 @@ def report():
     success, metrics = collected()
     text = ["# Results\n\nMade by `python results/experiment.py`. Success on unseen episodes, the same in every cell of a "
             "table, with 95 % Wilson intervals over the episodes of all training seeds together (each seed's own rate in "
-            "brackets, where there are several). **The stand-in is a second "
-            "simulated domain, not a real robot.** Checkpoints are the best on validation seeds in the twin.\n"]
+            "brackets, where there are several). **The stand-in is a second simulated domain, not a real robot.** "
+            "Checkpoints are the best on validation seeds in the twin.\n"]
 
     def rates(name, cells, domain):
         return [rate(success.get((name, cell), {}).get(domain)) for cell in cells]
@@ -207,9 +207,9 @@ def report():
                   "twin, success (%)": curves(name, cells, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
             plot({"": curves(name, cells, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
             loss = lambda cell, i: sum(m[i]["eval/real_loss"] for m in metrics[name, cell]) / len(metrics[name, cell])
-            rows = [["before RL" if cell == start else label, *rates(name, [cell], "twin"), *rates(name, [cell], target),
-                     "" if cell == start else f"{loss(cell, 0):.3f} → {loss(cell, -1):.3f}"]
-                    for cell, label in {**({start: ""} if start else {}), **cells}.items()]
+            both = lambda cell: [*rates(name, [cell], "twin"), *rates(name, [cell], target)]
+            rows = [["before RL", *both(start), ""]] if start else []
+            rows += [[label, *both(cell), f"{loss(cell, 0):.3f} → {loss(cell, -1):.3f}"] for cell, label in cells.items()]
             text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 
@@ -222,8 +222,7 @@ def report():
                 rows.append([f"all {len(groups)}", *(rate([tuple(map(sum, zip(*sum(e, []))))]) for e in entries)])
             if domain == "standin":
                 rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
-            text.append(f"## {label} (`{policy}`): {domain}\n\n"
-                        + table(["", *PARADIGMS.values()], rows))
+            text.append(f"## {label} (`{policy}`): {domain}\n\n" + table(["", *PARADIGMS.values()], rows))
         if groups:
             plot({task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in metrics[name, "rlco"]]
                          for domain in ("twin", "standin")} for task, name in groups.items()}, f"results/main-{policy}.png")
