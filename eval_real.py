@@ -144,7 +144,7 @@ def main(args: Args):
     if args.target == "franka":
         return evaluate_franka(policies, args)
     names = list(dict.fromkeys(["twin", args.target]))
-    repeat = dict(weights={name: sha256(name) for name in policies}, **provenance())
+    repeat = dict(weights={name: sha256(name) for name in policies}, **provenance(args))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -160,8 +160,7 @@ def main(args: Args):
                                 seeds=[seeds[0], seeds[-1]], successes=successes, success_rate=successes / args.episodes,
                                 wilson=wilson(successes, args.episodes), mean_length=float(played["length"].mean()),
                                 success=played["success"].tolist(), length=played["length"].tolist()))
-    write_file(args.out / "results.json", dict(args=json.loads(json.dumps(asdict(args), default=str)), results=results,
-                                               **repeat))
+    write_file(args.out / "results.json", dict(results=results, **repeat))
 
     for r in results if args.videos else ():
         chosen = [seed for kind in (True, False)
@@ -610,8 +609,7 @@ def evaluate_franka(policies: dict, args: Args):
                 results.append(dict(policy=name, domain="franka", task=args.task, episodes=len(trials), successes=wins,
                                     success_rate=wins / len(trials), wilson=wilson(wins, len(trials)),
                                     mean_length=float(np.mean([t["steps"] for t in trials]))))
-        write_file(path, dict(saved, results=results, args=json.loads(json.dumps(asdict(args), default=str)),
-                              **provenance()))
+        write_file(path, dict(saved, results=results, **provenance(args)))
         return results
 
     def attempt(seed, name, number):
@@ -752,15 +750,16 @@ def sha256(checkpoint: str) -> str:
     return total.hexdigest()
 
 
-def provenance() -> dict:
+def provenance(args: Args) -> dict:
     """What else it takes to get the same numbers again."""
     try:
         commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
                                 capture_output=True, text=True).stdout.strip()
     except OSError:  # no git
         commit = ""
-    return dict(commit=commit, python=platform.python_version(), device="cuda" if torch.cuda.is_available() else "cpu",
-                cores=os.cpu_count(), threads=torch.get_num_threads(),
+    args = json.loads(json.dumps(asdict(args), default=str))
+    return dict(args=args, commit=commit, python=platform.python_version(), cores=os.cpu_count(),
+                device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads(),
                 **{name: version(name) for name in ("torch", "transformers", "mani_skill", "sapien", "numpy")})
 
 
