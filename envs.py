@@ -497,9 +497,9 @@ class Hand:
         self.velocity = 0.3 * self.velocity + 0.7 * step  # nobody starts or stops at once
         return np.float32([*(self.velocity + self.rng.normal(0, 0.0005, 3)), 0, 0, 0, gripper])
 
-    def reach(self, target, speed, gripper, tolerance=0.007):
-        """Actions until the TCP is where `target()` is, which may move, or 3 s have passed: something is in the way."""
-        for _ in range(3 * CONTROL_HZ):
+    def reach(self, target, speed, gripper, tolerance=0.007, patience=3.0):
+        """Actions until the TCP is where `target()` is, which may move, or `patience` (s) ends: something is in the way."""
+        for _ in range(int(patience * CONTROL_HZ)):
             if np.linalg.norm(target() - self.env.tcp.p[0].numpy()) < tolerance:
                 break
             yield self.towards(target(), speed, gripper)
@@ -657,7 +657,7 @@ class Drawer(TabletopEnv):
 
     def _load_objects(self):
         d, unseen = self.domain, self.variation == "objects"
-        color, handle = UNSEEN_COLOR if unseen else d.object_color, (0.035 if unseen else 0.05, 0.005, 0.007)
+        color, handle = UNSEEN_COLOR if unseen else d.object_color, (0.02 if unseen else 0.03, 0.005, 0.007)
         w, t = self.half_width, 0.004
         builder = self.scene.create_articulation_builder()
         body = builder.create_link_builder()
@@ -712,8 +712,9 @@ class OpenDrawer(Drawer):
     """Take the handle and pull the drawer out by at least 15 cm (the paper's open drawer)."""
 
     instruction = "open the drawer"
+    max_episode_steps = 60  # to come again takes time
     start_opening, goal = (0.0, 0.01), 0.15  # m
-    start_gripper = 0.2  # wide open it would not fit behind the handle
+    start_gripper = 0.0  # wide open it would not fit behind the handle
 
     def evaluate(self):
         return dict(success=(self.opening > self.goal) & self._rests(), opening=self.opening)
@@ -725,17 +726,19 @@ class OpenDrawer(Drawer):
 
     def expert(self, rng):
         """Yields actions [7]: over the handle, down around it, close, pull; again if the handle slipped away."""
-        hand, misjudged = Hand(self, rng), np.array([*rng.normal(0, 0.006, 2), 0])
+        hand, misjudged, opened = Hand(self, rng), np.array([*rng.normal(0, 0.01, 2), 0]), self.start_gripper
         handle = lambda height, outward=0.0: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
         while True:
-            yield from hand.reach(lambda: handle(0.08), 0.3, 0.2, 0.015)
-            yield from hand.hesitate(0.2)
-            yield from hand.reach(lambda: handle(-0.005), 0.2, 0.2, 0.01)
-            yield from hand.stay(2, -1)
-            while np.linalg.norm(handle(-0.005) - self.tcp.p[0].numpy()) < 0.04:
-                left = self.goal + 0.015 - float(self.opening[0])
-                yield hand.towards(handle(-0.005, max(left, 0)), 0.2, -1)
-            yield from hand.reach(lambda: handle(0.08, 0.02), 0.3, 0.2, 0.02)
+            yield from hand.reach(lambda: handle(0.06), 0.3, opened, 0.015)
+            yield from hand.hesitate(opened)
+            yield from hand.reach(lambda: handle(-0.005), 0.2, opened, 0.01, 1.2)
+            misjudged *= 0.2  # who is there, or has missed, looks closer
+            if self.tcp.p[0, 2] < self.handle_height + 0.005:
+                yield from hand.stay(2, -1)
+                while np.linalg.norm(handle(-0.005) - self.tcp.p[0].numpy()) < 0.04:
+                    left = self.goal + 0.015 - float(self.opening[0])
+                    yield hand.towards(handle(-0.005, max(left, 0)), 0.2, -1)
+            yield from hand.reach(lambda: handle(0.06, 0.01), 0.3, opened, 0.02)
 
 
 class CloseDrawer(Drawer):
@@ -746,7 +749,8 @@ class CloseDrawer(Drawer):
     start_opening, goal = (0.10, 0.17), 0.01  # m
 
     def evaluate(self):
-        return dict(success=(self.opening < self.goal) & self._rests(), opening=self.opening)
+        shut = self.opening < 0.001  # where a hand that goes on pressing leaves the solver a velocity
+        return dict(success=(self.opening < self.goal) & (self._rests() | shut), opening=self.opening)
 
     def potential(self):
         """0 .. 0.75: nearness of the TCP to the front of the handle (a third), how far the drawer is shut (the rest)."""
@@ -754,16 +758,17 @@ class CloseDrawer(Drawer):
         return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (1 - self.opening / self.travel)
 
     def expert(self, rng):
-        """Yields actions [7]: in front of the handle, down, push; again if the hand has missed the handle."""
-        hand, misjudged = Hand(self, rng), np.array([rng.normal(0, 0.012), 0, 0])
+        """Yields actions [7]: in front of the handle, down, push; again if the hand came down on it or has missed it."""
+        hand, misjudged = Hand(self, rng), np.array([*rng.normal(0, 0.012, 2), 0])
         front = lambda outward, height: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
         while True:
-            yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.015)
+            yield from hand.reach(lambda: front(0.03, 0.06), 0.3, -1, 0.015)
             yield from hand.hesitate(-1)
-            yield from hand.reach(lambda: front(0.05, 0), 0.25, -1, 0.01)
-            while np.abs(front(0, 0) - self.tcp.p[0].numpy())[[0, 2]].max() < 0.04:
+            yield from hand.reach(lambda: front(0.03, 0), 0.25, -1, 0.01, 1.2)
+            misjudged *= 0.2  # who is there, or has missed, looks closer
+            while (off := self.tcp.p[0].numpy() - front(0, 0))[1] > 0 and np.abs(off[[0, 2]]).max() < 0.03:
                 yield hand.towards(front(0.01 - float(self.opening[0]), 0), 0.25, -1)
-            yield from hand.reach(lambda: front(0.06, 0.07), 0.3, -1, 0.02)
+            yield from hand.reach(lambda: front(0.04, 0.07), 0.3, -1, 0.02)
 
 
 TASKS = dict(pick_place=PickPlace, push_cube=PushCube, open_drawer=OpenDrawer, close_drawer=CloseDrawer)

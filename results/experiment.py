@@ -1,16 +1,15 @@
 """The paper's experiment on one machine: every training run, every evaluation, every table and figure of results/.
 
     python results/experiment.py                        # all of it, one training seed; goes on where it was stopped
-    python results/experiment.py --only main-open       # the groups whose name begins so
+    python results/experiment.py --only main-open       # the sections whose name begins so
     python results/experiment.py --seeds 1 2 --jobs 4
 
-A cell is one training run, in runs/experiment/, its log beside it. A group of cells is evaluated side by side, on the
-same seeds, into results/GROUP-sSEED/; tables and figures are made from those files alone. A finished cell is never run
-again, a killed one goes on. All settings are the scripts' defaults, but for those that stand in this file.
+A cell is one training run, in runs/experiment/, or the evaluation of its best checkpoint, in results/raw/, on the same
+seeds for all runs of a task. Tables and figures are made from results/raw/ alone. A finished cell is never run again, a
+killed one goes on. All settings are the scripts' defaults, but for those that stand in this file.
 """
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from envs import TASKS, VARIATIONS  # noqa: E402
 from eval_real import wilson  # noqa: E402
+from policy import write_file  # noqa: E402
 from train_rlco import curve, plot  # noqa: E402
 
 PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
@@ -39,105 +39,108 @@ class Args:
     """Run what is missing of the experiment, then write results/README.md and its figures from what is there."""
 
     only: str = ""
-    """run only the groups whose name begins with this; "none" runs nothing"""
+    """run only the sections whose name begins with this; "none" runs nothing"""
     seeds: tuple[int, ...] = (1,)
     """training seeds"""
     jobs: int = os.cpu_count() or 1
-    """runs at the same time, each on one thread (and its simulators)"""
+    """cells at the same time, each on one thread (and its simulators)"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A command, its folder, and the cells that it starts from."""
+    """A command, the folder that it makes, and the cell whose best checkpoint it takes."""
 
+    script: str
     out: str
-    command: str
-    needs: tuple = ()
+    options: str
+    task: str
+    target: str
+    start: "Cell | None" = None
+
+    @property
+    def command(self):
+        return f"{self.script} --task {self.task} --target {self.target} --out {self.out} {self.options}".strip()
+
+    @property
+    def done(self):
+        return Path(self.out, "results.json" if self.script == "eval_real.py" else "done")
 
 
-def stage1(task, policy, seed, name="sft", options=""):
-    out = f"runs/experiment/{task}-{policy}-{name}-s{seed}"
-    return Cell(out, f"train_sft.py --task {task} --policy {policy} --seed {seed} --out {out} {options}".strip())
+def stage1(task, policy, seed, name="sft", options="", target="standin"):
+    return Cell("train_sft.py", f"runs/experiment/{task}-{policy}-{name}-s{seed}",
+                f"--policy {policy} --seed {seed} {options}", task, target)
 
 
-def stage2(start, task, policy, seed, name="rlco", options=""):
-    out = f"runs/experiment/{task}-{policy}-{name}-s{seed}"
-    return Cell(out, f"train_rlco.py --task {task} --policy {start.out}/best --seed {seed} --out {out} {options}".strip(),
-                (start,))
+def stage2(start, policy, seed, name="rlco", options=""):
+    return Cell("train_rlco.py", f"runs/experiment/{start.task}-{policy}-{name}-s{seed}",
+                f"--policy {start.out}/best --seed {seed} {options}", start.task, start.target, start)
 
 
-def group(name, seed, task, cells, options=""):
-    policies = " ".join(f"{cell.out}/best" for cell in cells)
-    out = f"results/{name}-s{seed}"
-    return Cell(out, f"eval_real.py --task {task} --policies {policies} --videos 0 --out {out} {options}", tuple(cells))
+def evaluation(run, variation=None):
+    out = f"results/raw/{Path(run.out).name}{f'-{variation}' if variation else ''}"
+    options = f"--policies {run.out}/best --videos 0{f' --variation {variation}' if variation else ''}"
+    return Cell("eval_real.py", out, options, run.task, run.target, run)
 
 
 def experiment(seed):
-    """All groups, the main table first."""
-    main = {(task, policy): [stage1(task, policy, seed, "real", "--alpha 0"), stage1(task, policy, seed),
-                             stage2(stage1(task, policy, seed), task, policy, seed)]
-            for policy in POLICIES for task in TASKS}
-    for (task, policy), cells in main.items():
-        yield group(f"main-{task}-{policy}", seed, task, cells)
+    """All evaluations, each with its section's name, those of the main table first."""
+    main = {}
+    for policy in POLICIES:
+        for task in TASKS:
+            sft = stage1(task, policy, seed)
+            main[task, policy] = [stage1(task, policy, seed, "real", "--alpha 0"), sft, stage2(sft, policy, seed)]
+            yield from ((f"main-{task}-{policy}", evaluation(run)) for run in main[task, policy])
 
-    of = task, policy, seed = "push_cube", "tiny-pi05", seed
-    real, sft, rlco = main[task, policy]
-    yield group("forgetting", seed, task, [sft, rlco] + [
-        stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}") for beta in BETAS if beta != 0.2])
-    yield group("forgetting_all", seed, task, [sft] + [
-        stage2(sft, *of, f"rl_all-beta{beta}", f"--beta {beta} {ALL}") for beta in BETAS])
+    of = policy, seed = "tiny-pi05", seed
+    real, sft, rlco = main["push_cube", policy]
+    for beta in BETAS:
+        if beta != 0.2:
+            yield "forgetting", evaluation(stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}"))
+    for beta in BETAS:
+        yield "all_weights", evaluation(stage2(sft, *of, f"rl_all-beta{beta}", f"--beta {beta} {ALL}"))
     for target in ("mild", "strong"):
-        start = stage1(*of, f"sft-{target}", f"--target {target}")
-        yield group(f"gap-{target}", seed, task, [start] + [
-            stage2(start, *of, f"rl-{target}-beta{beta}", f"--target {target} --beta {beta}") for beta in (0, 0.2)],
-            f"--target {target}")
-    yield group("stage1", seed, task, [rlco, stage2(real, *of, "rlco_from_real")])
-    starts = {a: stage1(*of, f"sft-alpha{a}", f"--alpha {a}") for a in ALPHAS if a != 0.8}
-    yield group("alpha", seed, task, [sft, rlco] + [cell for a, start in starts.items()
-                                                    for cell in (start, stage2(start, *of, f"rlco-alpha{a}"))])
-
-    of = task, policy, seed = "open_drawer", "tiny-pi05", seed
-    cells = list(main[task, policy])
+        start = stage1("push_cube", *of, f"sft-{target}", target=target)
+        yield f"gap-{target}", evaluation(start)
+        for beta in (0, 0.2):
+            yield f"gap-{target}", evaluation(stage2(start, *of, f"rl-{target}-beta{beta}", f"--beta {beta}"))
+    yield "stage1", evaluation(stage2(real, *of, "rlco_from_real"))
+    for alpha in ALPHAS:
+        if alpha != 0.8:
+            start = stage1("push_cube", *of, f"sft-alpha{alpha}", f"--alpha {alpha}")
+            yield from (("alpha", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-alpha{alpha}")))
     for n in REAL_DEMOS[:-1]:
         few = f"--num-real {n}"
-        start = stage1(*of, f"sft-real{n}", few)
-        cells += [stage1(*of, f"real-real{n}", f"--alpha 0 {few}"), start, stage2(start, *of, f"rlco-real{n}", few)]
-    yield group("real_demos", seed, task, cells)
+        start = stage1("open_drawer", *of, f"sft-real{n}", few)
+        runs = stage1("open_drawer", *of, f"real-real{n}", f"--alpha 0 {few}"), start, stage2(start, *of, f"rlco-real{n}", few)
+        yield from (("real_demos", evaluation(run)) for run in runs)
 
-    for (task, policy), cells in main.items():
-        for variation in VARIATIONS:
-            yield group(f"unseen_{variation}-{task}-{policy}", seed, task, cells, f"--variation {variation}")
-
-
-def done(cell):
-    return Path(cell.out, "results.json" if cell.out.startswith("results") else "done").exists()
+    for (task, policy), runs in main.items():
+        yield from ((f"unseen-{task}-{policy}", evaluation(run, variation)) for variation in VARIATIONS for run in runs)
 
 
-def run(groups, jobs):
-    """Run all cells that are not done, `jobs` at a time, a cell after those that it needs -> the ones that failed."""
+def run(cells, jobs):
+    """Run all cells that are not done, `jobs` at a time, a cell after the one that it starts from -> those that failed."""
     todo, running, failed = {}, {}, set()
 
-    def want(cell):  # depth first: what is begun is finished before the next group begins
-        if not done(cell):
-            for need in cell.needs:
-                want(need)
+    def want(cell):  # depth first: what is begun is finished before the next begins
+        if not cell.done.exists():
+            if cell.start:
+                want(cell.start)
             todo[cell.out] = cell
 
-    for cell in groups:
+    for cell in cells:
         want(cell)
-    for task, target in {(c.command.split("--task ")[1].split()[0], c.command.split("--target ")[1].split()[0]
-                          if "--target" in c.command else "standin") for c in todo.values()}:
+    for task, target in dict.fromkeys((c.task, c.target) for c in todo.values()):
         subprocess.run([sys.executable, "data.py", "--task", task, "--target", target], check=True)
     Path("runs/experiment").mkdir(parents=True, exist_ok=True)
-    while todo or running:
-        for cell in [c for c in todo.values() if all(map(done, c.needs))][:jobs - len(running)]:
+    ready = lambda cell: cell.start is None or cell.start.done.exists()
+    while running or any(map(ready, todo.values())):  # what else is left needs what has failed
+        for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
             del todo[cell.out]
-            if cell.out.startswith("results"):  # before the evaluation, whose results say that all is there
-                Path(cell.out).mkdir(exist_ok=True)
-                for need in cell.needs:
-                    if Path(need.out, "metrics.json").exists():
-                        shutil.copy(f"{need.out}/metrics.json", f"{cell.out}/{Path(need.out).name}.json")
-            with open(f"runs/experiment/{Path(cell.out).name}.log", "a") as log:
+            evaluates, metrics = cell.script == "eval_real.py", Path(cell.start.out if cell.start else "", "metrics.json")
+            if evaluates and metrics.exists() and "--variation" not in cell.options:
+                write_file(Path(cell.out, "metrics.json"), metrics.read_bytes())  # of stage II, for the figures
+            with open(f"runs/experiment/{'eval-' * evaluates}{Path(cell.out).name}.log", "a") as log:
                 running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
                                                  env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
             print(f"{time.strftime('%H:%M')} begins {cell.out} ({len(todo)} to come)", flush=True)
@@ -148,26 +151,24 @@ def run(groups, jobs):
                       f"{(time.time() - began) / 60:.0f} min", flush=True)
                 if process.returncode:
                     failed.add(cell.out)
-                elif cell.out.startswith("runs"):
-                    Path(cell.out, "done").touch()
-        if not running and not any(all(map(done, c.needs)) for c in todo.values()):
-            break  # what is left needs what has failed
+                elif cell.script != "eval_real.py":
+                    cell.done.touch()
         time.sleep(1)
     return sorted(failed) + sorted(todo)
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures
 def collected():
-    """{(group, cell): {domain: [(successes, episodes) of each training seed]}}, {(group, cell): [metrics of each]}."""
+    """{(TASK-POLICY-NAME, variation or None): {domain: [(successes, episodes) of each training seed]}}, and
+    {TASK-POLICY-NAME: [stage II's metrics of each]}."""
     success, metrics = {}, {}
-    for path in sorted(Path("results").glob("*-s*/results.json")):
-        name = path.parent.name.rsplit("-s", 1)[0]
-        for r in json.loads(path.read_text())["results"]:
-            run = Path(r["policy"]).parent.name  # TASK-POLICY-CELL-sSEED
-            key = name, run.split("-", 3)[3].rsplit("-s", 1)[0]
+    for path in sorted(Path("results/raw").glob("*/results.json")):
+        content = json.loads(path.read_text())
+        for r in content["results"]:
+            key = Path(r["policy"]).parent.name.rsplit("-s", 1)[0], content["args"]["variation"]
             success.setdefault(key, {}).setdefault(r["domain"], []).append((r["successes"], r["episodes"]))
-            if r["domain"] == "twin" and (file := path.parent / f"{run}.json").exists():
-                metrics.setdefault(key, []).append(json.loads(file.read_text()))
+        if (file := path.with_name("metrics.json")).exists():
+            metrics.setdefault(key[0], []).append(json.loads(file.read_text()))
     return success, metrics
 
 
@@ -192,62 +193,68 @@ def report():
             "brackets, where there are several). **The stand-in is a second simulated domain, not a real robot.** "
             "Checkpoints are the best on validation seeds in the twin.\n"]
 
-    def rates(name, cells, domain):
-        return [rate(success.get((name, cell), {}).get(domain)) for cell in cells]
+    def rates(runs, domain, variation=None):
+        return [rate(success.get((run, variation), {}).get(domain)) for run in runs]
 
-    def curves(name, cells, key, scale=1.0):
-        return {label: [curve(m, key, scale) for m in metrics[name, cell]] for cell, label in cells.items()
-                if (name, cell) in metrics}
+    def curves(runs, key, scale=1.0):
+        return {label: [curve(m, key, scale) for m in metrics[run]] for run, label in runs.items() if run in metrics}
 
-    def rl_section(title, name, start, cells, target="standin"):
-        """Success and the imitation loss on held-out real demonstrations, before RL (the cell `start`) and after."""
-        cells = {cell: label for cell, label in cells.items() if (name, cell) in metrics}
-        if cells:
-            plot({f"{target}, success (%)": curves(name, cells, f"eval/success_{target}", 100),
-                  "twin, success (%)": curves(name, cells, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
-            plot({"": curves(name, cells, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
-            loss = lambda cell, i: sum(m[i]["eval/real_loss"] for m in metrics[name, cell]) / len(metrics[name, cell])
-            both = lambda cell: [*rates(name, [cell], "twin"), *rates(name, [cell], target)]
-            rows = [["before RL", *both(start), ""]] if start else []
-            rows += [[label, *both(cell), f"{loss(cell, 0):.3f} → {loss(cell, -1):.3f}"] for cell, label in cells.items()]
+    def rl_section(title, name, start, runs, target="standin"):
+        """Success and the imitation loss on held-out real demonstrations, before RL (the run `start`) and after."""
+        prefix = "push_cube-tiny-pi05-"
+        runs = {prefix + run: label for run, label in runs.items() if prefix + run in metrics}
+        if runs:
+            plot({f"{target}, success (%)": curves(runs, f"eval/success_{target}", 100),
+                  "twin, success (%)": curves(runs, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
+            plot({"": curves(runs, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
+            loss = lambda run, i: sum(m[i]["eval/real_loss"] for m in metrics[run]) / len(metrics[run])
+            both = lambda run: [*rates([run], "twin"), *rates([run], target)]
+            rows = [["before RL", *both(prefix + start), ""]] if start else []
+            rows += [[label, *both(run), f"{loss(run, 0):.3f} → {loss(run, -1):.3f}"] for run, label in runs.items()]
             text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 
     for policy, label in POLICIES.items():
-        groups = {task: f"main-{task}-{policy}" for task in TASKS if (f"main-{task}-{policy}", "rlco") in success}
-        for domain in ("standin", "twin") if groups else ():
-            entries = [[success[name, cell][domain] for name in groups.values()] for cell in PARADIGMS]
-            rows = [[task, *rates(name, PARADIGMS, domain)] for task, name in groups.items()]
-            if len(groups) > 1:
-                rows.append([f"all {len(groups)}", *(rate([tuple(map(sum, zip(*sum(e, []))))]) for e in entries)])
+        tasks = {task: [f"{task}-{policy}-{paradigm}" for paradigm in PARADIGMS] for task in TASKS
+                 if (f"{task}-{policy}-rlco", None) in success}
+        for domain in ("standin", "twin") if tasks else ():
+            rows = [[task, *rates(runs, domain)] for task, runs in tasks.items()]
+            if len(tasks) > 1:
+                entries = zip(*([success.get((run, None), {}).get(domain, []) for run in runs] for runs in tasks.values()))
+                rows.append([f"all {len(tasks)}", *(rate([tuple(map(sum, zip(*sum(e, []))))]) for e in entries)])
             if domain == "standin":
                 rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
             text.append(f"## {label} (`{policy}`): {domain}\n\n" + table(["", *PARADIGMS.values()], rows))
-        if groups:
-            plot({task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in metrics[name, "rlco"]]
-                         for domain in ("twin", "standin")} for task, name in groups.items()}, f"results/main-{policy}.png")
+        if tasks:
+            plot({task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in metrics[runs[-1]]]
+                         for domain in ("twin", "standin")} for task, runs in tasks.items()}, f"results/main-{policy}.png")
             text.append(f"Stage II on validation seeds, from stage I on:\n\n![](main-{policy}.png)\n")
 
     rl_section("Forgetting, and the sweep of β: RL of the action expert", "forgetting", "sft",
                {"rlco" if b == 0.2 else f"rl-beta{b}": f"β = {b}" for b in BETAS})
-    rl_section("Forgetting: RL of all weights", "forgetting_all", "sft", {f"rl_all-beta{b}": f"β = {b}" for b in BETAS})
+    rl_section("Forgetting: RL of all weights", "all_weights", "sft", {f"rl_all-beta{b}": f"β = {b}" for b in BETAS})
     for target in ("mild", "strong"):
         rl_section(f"A {target} gap", f"gap-{target}", f"sft-{target}",
                    {f"rl-{target}-beta{b}": f"β = {b}" for b in (0, 0.2)}, target)
     rl_section("Stage I with and without simulated demonstrations", "stage1", None,
                {"rlco": "after SFT co-training", "rlco_from_real": "after real-only SFT"})
 
-    for title, name, head, cells in (
-            ("Sweep of α", "alpha", ["α", "SFT co-training", "RL-Co"],
-             {a: ["sft", "rlco"] if a == 0.8 else [f"sft-alpha{a}", f"rlco-alpha{a}"] for a in ALPHAS}),
-            ("Real demonstrations: open drawer, π0.5", "real_demos", ["number", *PARADIGMS.values()],
-             {n: [f"{p}-real{n}" if n < REAL_DEMOS[-1] else p for p in PARADIGMS] for n in REAL_DEMOS})):
-        if (name, "rlco") in success:
-            text.append(f"## {title}: stand-in\n\n" + table(head, [[x, *rates(name, c, "standin")] for x, c in cells.items()]))
+    for title, name, x, paradigms, runs in (
+            ("Share of simulated samples: push cube, π0.5", "alpha", "α", ("sft", "rlco"),
+             {a: f"push_cube-tiny-pi05-{{}}{'' if a == 0.8 else f'-alpha{a}'}" for a in ALPHAS}),
+            ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
+             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else ''}" for n in REAL_DEMOS})):
+        entries = {PARADIGMS[p]: [success.get((run.format(p), None), {}).get("standin", ()) for run in runs.values()]
+                   for p in paradigms}
+        if all(all(column) for column in entries.values()):
+            plot({"": {label: [[(at, 100 * s / n) for at, (s, n) in zip(runs, seed)] for seed in zip(*column)]
+                       for label, column in entries.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
+            text.append(f"## {title}: stand-in\n\n" + table([x, *entries], [
+                [at, *map(rate, row)] for at, *row in zip(runs, *entries.values())]) + f"\n![]({name}.png)\n")
 
     for policy, label in POLICIES.items():
-        rows = [[f"{task}, unseen {variation}", *rates(name, PARADIGMS, "standin")] for task in TASKS for variation in VARIATIONS
-                if ((name := f"unseen_{variation}-{task}-{policy}"), "rlco") in success]
+        rows = [[f"{task}, unseen {variation}", *rates(runs, "standin", variation)] for task in TASKS
+                for variation in VARIATIONS if ((runs := [f"{task}-{policy}-{p}" for p in PARADIGMS])[-1], variation) in success]
         if rows:
             text.append(f"## Unseen variations, {label}: stand-in\n\n" + table(["", *PARADIGMS.values()], rows))
     Path("results/README.md").write_text("\n".join(text))
@@ -256,8 +263,7 @@ def report():
 if __name__ == "__main__":
     os.chdir(ROOT)
     args = tyro.cli(Args)
-    cells = [cell for seed in args.seeds for cell in experiment(seed)
-             if Path(cell.out).name.startswith(args.only)]
+    cells = [cell for seed in args.seeds for section, cell in experiment(seed) if section.startswith(args.only)]
     failed = run(cells, args.jobs)
     report()
     if failed:

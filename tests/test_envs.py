@@ -161,7 +161,8 @@ def test_picked_and_placed_is_in_the_bowl_at_rest_and_released():
 @pytest.mark.parametrize("task, beyond, short", [("open_drawer", 0.151, 0.149), ("close_drawer", 0.009, 0.011)])
 def test_a_drawer_counts_when_it_is_far_enough_and_rests(task, beyond, short):
     env = envs.make(task, envs.TWIN)
-    for opening, speed, success in ((beyond, 0, True), (short, 0, False), (beyond, 0.2, False)):
+    for opening, speed, success in ((beyond, 0, True), (short, 0, False), (beyond, 0.2, False),
+                                    (0.0, -0.1, task == "close_drawer")):  # pressed against its stop
         env.reset(seed=[0])
         env.cabinet.set_qpos(torch.tensor([[opening]]))
         env.cabinet.set_qvel(torch.tensor([[float(speed)]]))

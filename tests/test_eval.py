@@ -44,29 +44,32 @@ def test_the_experiment_gives_a_folder_to_each_run_and_a_run_to_each_checkpoint(
     cells = {}
 
     def walk(cell):
-        for need in cell.needs:
-            walk(need)
+        if cell.start:
+            walk(cell.start)
         assert cells.setdefault(cell.out, cell) == cell  # the same folder is the same command
-        used = set(re.findall(r"(\S+)/best", cell.command))
-        assert used == {need.out for need in cell.needs}
+        assert re.findall(r"(\S+)/best", cell.command) == ([cell.start.out] if cell.start else [])
+        assert f"--target {cell.target} " in cell.command  # that of what it starts from
+        assert not cell.start or (cell.task, cell.target) == (cell.start.task, cell.start.target)
 
     for seed in (1, 2):
-        for cell in experiment.experiment(seed):
+        for _, cell in experiment.experiment(seed):
+            assert cell.script == "eval_real.py"
             walk(cell)
-    assert len(set(c.command.split(" --out ")[0] + c.command.split(" --out ")[1].partition(" ")[2]
-                   for c in cells.values())) == len(cells)  # no two of them do the same
+    without_out = {re.sub(r"--out \S+ ", "", cell.command) for cell in cells.values()}
+    assert len(without_out) == len(cells)  # no two of them do the same
 
 
 def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_path, monkeypatch):
     for seed, successes in ((1, 30), (2, 50)):
-        folder = tmp_path / f"results/main-push_cube-tiny-pi05-s{seed}"
-        folder.mkdir(parents=True)
-        results = [dict(policy=f"runs/experiment/push_cube-tiny-pi05-{cell}-s{seed}/best", domain=domain, episodes=100,
-                        successes=successes + add) for cell, add in (("real", 0), ("sft", 5), ("rlco", 20))
-                   for domain in ("twin", "standin")]
-        (folder / "results.json").write_text(json.dumps(dict(results=results)))
-        (folder / f"push_cube-tiny-pi05-rlco-s{seed}.json").write_text(json.dumps(
-            [{"iteration": i, "eval/success_twin": 0.5, "eval/success_standin": 0.2} for i in (0, 5)]))
+        for paradigm, add in (("real", 0), ("sft", 5), ("rlco", 20)):
+            name = f"push_cube-tiny-pi05-{paradigm}-s{seed}"
+            folder = tmp_path / "results/raw" / name
+            folder.mkdir(parents=True)
+            results = [dict(policy=f"runs/experiment/{name}/best", domain=domain, episodes=100, successes=successes + add)
+                       for domain in ("twin", "standin")]
+            (folder / "results.json").write_text(json.dumps(dict(results=results, args=dict(variation=None))))
+        (folder / "metrics.json").write_text(json.dumps([
+            {"iteration": i, "eval/success_twin": 0.5, "eval/success_standin": 0.2, "eval/real_loss": 0.1} for i in (0, 5)]))
     monkeypatch.chdir(tmp_path)
     experiment.report()
     text = (tmp_path / "results/README.md").read_text()
@@ -74,3 +77,29 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
     rlco = f"60 % [{100 * low:.0f}, {100 * high:.0f}] (50, 70)"
     assert f"| push_cube | 40 % [33, 47] (30, 50) | 45 % [38, 52] (35, 55) | {rlco} |" in text
     assert (tmp_path / "results/main-tiny-pi05.png").stat().st_size > 5000
+
+
+SCRIPT = """import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+with open("order", "a") as order:
+    print(out.name, file=order)
+(out / "results.json").write_text("{}")
+sys.exit("bad" in out.name and not pathlib.Path("mended").exists())
+"""
+
+
+def test_the_experiment_goes_on_where_it_ended_and_a_failure_holds_up_only_what_needs_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for script in ("train_sft.py", "train_rlco.py", "eval_real.py"):
+        Path(script).write_text(SCRIPT)
+    Path("data.py").write_text("")
+    good, bad = (experiment.stage1("push_cube", "p", 1, name) for name in ("good", "bad"))
+    cells = [experiment.evaluation(run) for run in (experiment.stage2(bad, "p", 1, "after_bad"), good)]
+    failed = experiment.run(cells, jobs=1)
+    assert failed == [f"{folder}/push_cube-p-{name}-s1" for folder, name in (
+        ("runs/experiment", "bad"), ("results/raw", "after_bad"), ("runs/experiment", "after_bad"))]
+    assert Path("order").read_text().split() == [f"push_cube-p-{name}-s1" for name in ("bad", "good", "good")]
+    Path("mended").touch(), Path("order").unlink()
+    assert experiment.run(cells, jobs=2) == []
+    assert Path("order").read_text().split() == [f"push_cube-p-{name}-s1" for name in ("bad", "after_bad", "after_bad")]
