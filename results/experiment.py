@@ -202,7 +202,7 @@ def report():
         """Success and the imitation loss on held-out real demonstrations, before RL (the run `start`) and after."""
         prefix = "push_cube-tiny-pi05-"
         runs = {prefix + run: label for run, label in runs.items() if prefix + run in metrics}
-        if runs:
+        if len(runs) > 1:
             plot({f"{target}, success (%)": curves(runs, f"eval/success_{target}", 100),
                   "twin, success (%)": curves(runs, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
             plot({"": curves(runs, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
