@@ -137,8 +137,6 @@ def run(cells, jobs):
     while running or any(map(ready, todo.values())):  # what else is left needs what has failed
         for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
             del todo[cell.out]
-            if cell.script == "eval_real.py" and (metrics := Path(cell.start.out, "metrics.json")).exists():
-                write_file(Path(cell.out, "metrics.json"), metrics.read_bytes())  # of stage II, for the figures
             with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
                 running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
                                                  env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
@@ -151,6 +149,8 @@ def run(cells, jobs):
                 if process.returncode:
                     failed.add(cell.out)
                 elif cell.script != "eval_real.py":
+                    if (metrics := Path(cell.out, "metrics.json")).exists():  # of stage II, for the figures
+                        write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
                     cell.done.touch()
         time.sleep(1)
     return sorted(failed) + sorted(todo)
@@ -166,7 +166,7 @@ def collected():
         for r in content["results"]:
             key = Path(r["policy"]).parent.name.rsplit("-s", 1)[0], content["args"]["variation"]
             success.setdefault(key, {}).setdefault(r["domain"], []).append((r["successes"], r["episodes"]))
-        if not key[1] and (file := path.with_name("metrics.json")).exists():
+        if (file := path.with_name("metrics.json")).exists():
             metrics.setdefault(key[0], []).append(json.loads(file.read_text()))
     return success, metrics
 
