@@ -218,8 +218,8 @@ def report():
                  if (f"{task}-{policy}-rlco", None) in success}
         for domain in ("standin", "twin") if tasks else ():
             rows = [[task, *rates(runs, domain)] for task, runs in tasks.items()]
-            if len(tasks) > 1:
-                entries = zip(*([success.get((run, None), {}).get(domain, []) for run in runs] for runs in tasks.values()))
+            if len(tasks) > 1 and all((run, None) in success for runs in tasks.values() for run in runs):
+                entries = zip(*([success[run, None][domain] for run in runs] for runs in tasks.values()))
                 rows.append([f"all {len(tasks)}", *(rate([tuple(map(sum, zip(*sum(e, []))))]) for e in entries)])
             if domain == "standin":
                 rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
