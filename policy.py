@@ -39,7 +39,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisi
 VOCAB = 811  # small_tokenizer's
 PI05 = {"type": "pi05", "max_token_len": 200, "num_steps": 4}
 TINY_GEMMA = {"depth": 3, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32, "hidden_act": "silu"}
-TINY_VIT = {"embed_dim": 64, "depth": 3, "num_heads": 2, "mlp_hidden": 128}
+TINY_VIT = {"embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_hidden": 192}
 LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048}
 PRESETS = {
     # From scratch in minutes on 2 CPU cores. No tanh GELU: it costs four times erf GELU or SiLU there.
@@ -59,15 +59,17 @@ PRESETS = {
         "action_expert": {"width": 1024, "depth": 18, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 1,
                           "head_dim": 256}, "value_hidden": [512, 256, 128]},
     "tiny-openvla": {
-        "type": "openvla", "predict_stop_token": False, "temperature": 1.0, "value_hidden": [128, 64],
+        "type": "openvla", "predict_stop_token": False, "temperature": 1.0, "eval_temperature": 0.6,
+        "value_hidden": [128, 64],
         "action_dim": 7, "action_horizon": 4, "chunk": 4, "image_size": 64, "patch_size": 8,
         "real_vocab_size": VOCAB + 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "empty_token_id": 261,
         "dino": {**TINY_VIT, "reg_tokens": 4}, "siglip": TINY_VIT,
         "llm": {**LLAMA, "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
                 "intermediate_size": 256, "vocab_size": VOCAB + 320}},
-    # Published OpenVLA-7B; the value head is RL4VLA's.
+    # Published OpenVLA-7B, which acts greedily; the value head is RL4VLA's, whose temperature of evaluation is 0.6.
     "openvla-7b": {
-        "type": "openvla", "predict_stop_token": True, "temperature": 1.0, "value_hidden": [512, 128],
+        "type": "openvla", "predict_stop_token": True, "temperature": 1.0, "eval_temperature": 0.0,
+        "value_hidden": [512, 128],
         "action_dim": 7, "action_horizon": 1, "chunk": 1, "image_size": 224, "patch_size": 14,
         "real_vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000, "empty_token_id": 29871,
         "dino": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096, "reg_tokens": 4},
@@ -712,7 +714,12 @@ class OpenVLA(Policy):
         self.freeze("all")
 
     def init_scratch(self) -> None:
-        """Initial weights of a new model; ordered bins get smooth embeddings and output rows."""
+        """Initial weights of a new model; ordered bins get smooth embeddings and output rows. What was measured to
+        matter: with torch's defaults the projected patches are a seventh of the words, and their positions are lost."""
+        for tower in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
+            nn.init.normal_(tower.pos_embed)
+        for fc in self.projector.values():
+            nn.init.normal_(fc.weight, std=(2 / fc.in_features) ** 0.5)
         words = self.language_model.model.embed_tokens.weight
         nn.init.normal_(words, std=0.5)
         for name, m in self.language_model.named_modules():
@@ -758,9 +765,8 @@ class OpenVLA(Policy):
         return model(inputs_embeds=x, attention_mask=mask, position_ids=position, use_cache=cache), mask
 
     def action_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [...,width] -> float32 logits [...,256] of the action tokens at the sampling temperature."""
-        rows = self.language_model.lm_head.weight[self.vocab - 256 : self.vocab]
-        return F.linear(hidden, rows).float() / self.config["temperature"]
+        """hidden [...,width] -> float32 logits [...,256] of the action tokens."""
+        return F.linear(hidden, self.language_model.lm_head.weight[self.vocab - 256 : self.vocab]).float()
 
     def to_tokens(self, actions: torch.Tensor) -> torch.Tensor:
         """Normalised actions [...,7] -> token ids: 256 edges on [-1,1], the bin number counted from the end of V."""
@@ -817,8 +823,10 @@ class OpenVLA(Policy):
 
     @torch.no_grad()
     def act(self, obs: dict, sample: bool) -> Decision:
-        """Decode `chunk` actions with the key-value cache: sampled from the action tokens' softmax, or greedily. The
-        log-probability comes from `evaluate` itself, so that their ratio is exactly 1 in any precision."""
+        """Decode `chunk` actions with the key-value cache from the action tokens' softmax: sample=True explores at
+        config's `temperature` and takes the log-probability from `evaluate` itself, so that their ratio is exactly 1 in
+        any precision; sample=False is at `eval_temperature`, 0 being greedy."""
+        temperature = self.config["temperature" if sample else "eval_temperature"]
         obs = {**obs, "patches": self.patches(obs)}
         out, mask = self.hidden(obs["patches"], *self.prompt(obs), cache=True)
         value, tokens = self.value_head(out.last_hidden_state[:, -1].float()).squeeze(-1), []
@@ -829,7 +837,8 @@ class OpenVLA(Policy):
                 out = self.language_model.model(tokens[-1], attention_mask=mask, position_ids=position, use_cache=True,
                                                 past_key_values=out.past_key_values)
             logits = self.action_logits(out.last_hidden_state[:, -1])
-            pick = torch.multinomial(logits.softmax(-1), 1) if sample else logits.argmax(-1, keepdim=True)
+            pick = (torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else
+                    logits.argmax(-1, keepdim=True))
             tokens.append(self.vocab - 256 + pick)
         tokens, logprob = torch.cat(tokens, 1), torch.zeros_like(value)
         if sample:
@@ -845,12 +854,13 @@ class OpenVLA(Policy):
         return self.value_head(out.last_hidden_state[:, -1].float())[:, 0]
 
     def evaluate(self, obs: dict, latent: torch.Tensor):
-        """Action tokens [B,C*7] -> logprob [B] (their sum), entropy [B] (the mean over tokens), value [B], in one
+        """Action tokens [B,C*7] -> logprob [B] (an action's is the sum over its tokens, the chunk's the mean over its
+        actions, as pi0.5's is over its denoising steps), entropy [B] (the mean over tokens), value [B], in one
         teacher-forced pass."""
         latent = latent.to(self.device)
         hidden = self.teacher_forced(obs, latent[:, :-1])
-        logp = self.action_logits(hidden).log_softmax(-1)
-        logprob = logp.gather(-1, (latent - (self.vocab - 256))[..., None])[..., 0].sum(1)
+        logp = (self.action_logits(hidden) / self.config["temperature"]).log_softmax(-1)
+        logprob = logp.gather(-1, (latent - (self.vocab - 256))[..., None])[..., 0].sum(1) / self.chunk
         return logprob, -(logp.exp() * logp).sum(-1).mean(1), self.value_head(hidden[:, 0].float())[:, 0]
 
 

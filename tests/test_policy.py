@@ -259,16 +259,34 @@ def test_openvla_prompt():
 
 
 @torch.no_grad()
-def test_openvla_sampling_follows_its_distribution():
-    policy = make("tiny-openvla", chunk=1, action_horizon=1, temperature=0.7)
+@pytest.mark.parametrize("sample", [True, False])
+def test_openvla_sampling_follows_its_distribution(sample):
+    policy = make("tiny-openvla", chunk=1, action_horizon=1, temperature=0.7, eval_temperature=0.3)
     obs = make_obs(policy, [PROMPT])
     many = {"patches": policy.patches(obs).expand(500, -1, -1), "prompt": [PROMPT] * 500}
-    tokens = policy.act(many, sample=True).latent[:, 0] - (policy.vocab - 256)
+    tokens = policy.act(many, sample).latent[:, 0] - (policy.vocab - 256)
     logits = policy.action_logits(policy.teacher_forced(obs, tokens.new_zeros(1, 0))[:, -1])
-    likely = logits.softmax(-1)[0]
+    likely = (logits / (0.7 if sample else 0.3)).softmax(-1)[0]
     seen = torch.bincount(tokens, minlength=256) / 500
     assert (seen.cumsum(0) - likely.cumsum(0)).abs().max() < 1.63 / 500**0.5  # Kolmogorov-Smirnov, 1 %
     assert likely.max() > 2 / 256  # it is not uniform, so the temperature shows
+
+
+@torch.no_grad()
+def test_openvla_chunk_logprob_is_the_mean_of_its_actions():
+    """Against a loop over the tokens, each with its own softmax."""
+    policy = make("tiny-openvla", temperature=0.7)
+    obs = make_obs(policy, [PROMPT])
+    tokens = policy.act(obs, sample=True).latent
+    logprob, entropy, _ = policy.evaluate(obs, tokens)
+    actions, entropies = [0.0] * policy.chunk, []
+    for i, token in enumerate(tokens[0]):
+        logits = policy.language_model.lm_head(policy.teacher_forced(obs, tokens[:, :i])[0, -1])
+        likely = torch.distributions.Categorical(logits=logits[policy.vocab - 256 : policy.vocab] / 0.7)
+        actions[i // 7] += likely.log_prob(token - (policy.vocab - 256)).item()
+        entropies.append(likely.entropy().item())
+    assert logprob.item() == pytest.approx(np.mean(actions), rel=1e-4)
+    assert entropy.item() == pytest.approx(np.mean(entropies), rel=1e-4)
 
 
 # ---- the contract, both policies --------------------------------------------------------------------------------
