@@ -50,7 +50,7 @@ class Args:
     train: Literal["expert", "lora", "all"] = "all"
     """which weights train: all but those that embed the observation, LoRA, or all"""
     steps: int = 1000
-    """gradient steps"""
+    """gradient steps; tiny-openvla wants 2000"""
     batch_size: int = 128
     """samples in a gradient step"""
     accumulate: int = 1
@@ -169,7 +169,7 @@ def main(args: Args):
                                 args.out / f"videos/step_{step}.mp4")
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
-            if log["eval/success_twin"] > best:  # the twin is what a lab can evaluate in before it touches the robot
+            if log["eval/success_twin"] >= best:  # in the twin: what a lab can evaluate in before it touches the robot
                 best = log["eval/success_twin"]
                 policy.save(args.out / "best")
         if step % 100 == 0 or step == args.steps:

@@ -29,7 +29,8 @@ from train_rlco import curve, plot  # noqa: E402
 PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
 POLICIES = {"tiny-pi05": "π0.5", "tiny-openvla": "OpenVLA"}
 PAPER = {"tiny-pi05": (26.7, 45.9, 66.2), "tiny-openvla": (16.5, 40.0, 64.0)}  # real robot, mean of four tasks, %
-SETTINGS = {"tiny-openvla": ("--steps 2000", "--lr 5e-5")}  # of stage I and II: it sees no state, and learns slower
+SETTINGS = {"tiny-pi05": ("", ""),  # beside the defaults, in stage I and in stage II
+            "tiny-openvla": ("--steps 2000", "--lr 5e-5 --value-lr 3e-3 --critic-warmup 3")}
 EXPERT = "--train expert --lr 1.5e-4 --iterations 20"  # fewer weights take larger steps, and more of them
 REAL_DEMOS = (5, 10, 20, 50)
 ALPHAS = (0.5, 0.8, 0.95)
@@ -70,13 +71,12 @@ class Cell:
 
 def stage1(task, policy, seed, name="sft", options="", target="standin"):
     return Cell("train_sft.py", f"runs/experiment/{task}-{policy}-{name}-s{seed}",
-                f"--policy {policy} --seed {seed} {SETTINGS.get(policy, ('', ''))[0]} {options}", task, target)
+                f"--policy {policy} --seed {seed} {SETTINGS[policy][0]} {options}", task, target)
 
 
 def stage2(start, policy, seed, name="rlco", options=""):
     return Cell("train_rlco.py", f"runs/experiment/{start.task}-{policy}-{name}-s{seed}",
-                f"--policy {start.out}/best --seed {seed} {SETTINGS.get(policy, ('', ''))[1]} {options}", start.task,
-                start.target, start)
+                f"--policy {start.out}/best --seed {seed} {SETTINGS[policy][1]} {options}", start.task, start.target, start)
 
 
 def evaluation(run, variation=None):
