@@ -216,7 +216,7 @@ def main(args: Args):
         nonlocal best
         log = envs.validate(policy, {"twin": twin, args.target: target}, args.eval_episodes, held_out,
                             args.out / f"videos/iteration_{iteration}.mp4")
-        if log["eval/success_twin"] >= best:  # in the twin: what a lab can evaluate in before it touches the robot
+        if log["eval/success_twin"] >= best:  # chosen in the twin, which needs no robot; of equals the later
             best = log["eval/success_twin"]
             policy.save(args.out / "best")
         return log

@@ -169,7 +169,7 @@ def main(args: Args):
                                 args.out / f"videos/step_{step}.mp4")
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
-            if log["eval/success_twin"] >= best:  # in the twin: what a lab can evaluate in before it touches the robot
+            if log["eval/success_twin"] >= best:  # chosen in the twin, which needs no robot; of equals the later
                 best = log["eval/success_twin"]
                 policy.save(args.out / "best")
         if step % 100 == 0 or step == args.steps:
