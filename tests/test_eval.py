@@ -94,13 +94,13 @@ def test_the_experiment_goes_on_where_it_ended_and_a_failure_holds_up_only_what_
     for script in ("train_sft.py", "train_rlco.py", "eval_real.py"):
         Path(script).write_text(SCRIPT)
     Path("data.py").write_text("")
-    good, bad = (experiment.stage1("push_cube", "p", 1, name) for name in ("good", "bad"))
-    cells = [experiment.evaluation(run) for run in (experiment.stage2(bad, "p", 1, "after_bad"), good)]
+    good, bad = (experiment.stage1("push_cube", "tiny-pi05", 1, name) for name in ("good", "bad"))
+    cells = [experiment.evaluation(run) for run in (experiment.stage2(bad, "tiny-pi05", 1, "after_bad"), good)]
     failed = experiment.run(cells, jobs=1)
-    assert failed == [f"{folder}/push_cube-p-{name}-s1" for folder, name in (
+    assert failed == [f"{folder}/push_cube-tiny-pi05-{name}-s1" for folder, name in (
         ("runs/experiment", "bad"), ("results/raw", "after_bad"), ("runs/experiment", "after_bad"))]
-    assert Path("order").read_text().split() == [f"push_cube-p-{name}-s1" for name in ("bad", "good", "good")]
+    assert Path("order").read_text().split() == [f"push_cube-tiny-pi05-{name}-s1" for name in ("bad", "good", "good")]
     Path("mended").touch(), Path("order").unlink()
     assert experiment.run(cells, jobs=2) == []
-    assert Path("results/raw/push_cube-p-after_bad-s1/metrics.json").read_text() == "[1]"
-    assert Path("order").read_text().split() == [f"push_cube-p-{name}-s1" for name in ("bad", "after_bad", "after_bad")]
+    assert Path("results/raw/push_cube-tiny-pi05-after_bad-s1/metrics.json").read_text() == "[1]"
+    assert Path("order").read_text().split() == [f"push_cube-tiny-pi05-{name}-s1" for name in ("bad", "after_bad", "after_bad")]
