@@ -1124,11 +1124,12 @@ class AsPublished(Pi05):
         return (scores @ v).transpose(1, 2).flatten(2)
 
 
-def bench(depth: int = 2, batch: int = 2, repeats: int = 3, device: str = "cpu", bf16: bool = False) -> None:
+def bench(depth: int = 4, batch: int = 2, repeats: int = 3, device: str = "cpu", bf16: bool = False) -> None:
     """Throughput of pi0.5's PPO update (evaluate and backward) here and `AsPublished`, on the same weights.
 
     Args:
-        depth: layers kept of each of the three transformers, at full width; 0 keeps all
+        depth: layers kept of each of the three transformers, at full width; 0 keeps all (the fewer, the more the word
+            table's gradient, the same both ways, hides the ratio)
         batch: observations in an update
         repeats: timed updates
         device: cpu or cuda
