@@ -65,7 +65,7 @@ class Args:
     """compute activations twice instead of keeping them"""
     lr: float = 2e-5
     """learning rate of the policy; used beside the default: 1.5e-4 with --train expert, 5e-5 for tiny-openvla"""
-    value_lr: float = 1e-3
+    value_lr: float = 3e-3
     gamma: float = 0.99
     """discount of a decision (chunk)"""
     gae_lambda: float = 0.95
@@ -79,7 +79,7 @@ class Args:
     target_kl: float = 0.05
     """an iteration's update stops when the approximate KL divergence exceeds it (of pi0.5: that of the log-probability
     per denoising step, which the ratio is made of)"""
-    critic_warmup: int = 1
+    critic_warmup: int = 3
     """first iterations that train only the critic"""
     eval_every: int = 5
     """iterations between evaluations in the twin and the target"""

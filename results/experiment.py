@@ -30,7 +30,7 @@ PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
 POLICIES = {"tiny-pi05": "π0.5", "tiny-openvla": "OpenVLA"}
 PAPER = {"tiny-pi05": (26.7, 45.9, 66.2), "tiny-openvla": (16.5, 40.0, 64.0)}  # real robot, mean of four tasks, %
 SETTINGS = {"tiny-pi05": ("", ""),  # beside the defaults, in stage I and in stage II
-            "tiny-openvla": ("--steps 2000", "--lr 5e-5 --value-lr 3e-3 --critic-warmup 3")}
+            "tiny-openvla": ("--steps 2000", "--lr 5e-5")}
 EXPERT = "--train expert --lr 1.5e-4 --iterations 20"  # fewer weights take larger steps, and more of them
 REAL_DEMOS = (5, 10, 20, 50)
 ALPHAS = (0.5, 0.8, 0.95)
