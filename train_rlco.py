@@ -120,7 +120,8 @@ def rlco_loss(policy, rollout, real_batch, args):
     logprob, entropy, value = policy.evaluate(rollout["obs"], rollout["latent"])
     log_ratio = logprob - rollout["logprob"]
     ratio = log_ratio.exp()
-    surrogate = torch.min(ratio * rollout["advantage"], ratio.clamp(1 - args.clip, 1 + args.clip) * rollout["advantage"])
+    clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
+    surrogate = torch.min(ratio * rollout["advantage"], clipped * rollout["advantage"])
     value_clipped = rollout["value"] + (value - rollout["value"]).clamp(-args.value_clip, args.value_clip)
     value_loss = torch.max(*(F.huber_loss(v, rollout["returns"], reduction="none", delta=args.huber_delta)
                              for v in (value, value_clipped))).mean()
@@ -157,7 +158,8 @@ def plot(panels, path, ylabel="success (%)", xlabel="RL iteration"):
 def plot_run(metrics, target, path):
     """Learning curve of a run: success in the rollouts, and on the validation seeds of the twin and the target."""
     plot({"": {name: [curve(metrics, key, 100)] for name, key in (
-        ("twin, exploring", "rollout/success"), ("twin", "eval/success_twin"), (target, f"eval/success_{target}"))}}, path)
+        ("twin, exploring", "rollout/success"), ("twin", "eval/success_twin"), (target, f"eval/success_{target}"))}},
+         path)
 
 
 def main(args: Args):
@@ -191,10 +193,11 @@ def main(args: Args):
             raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
                              f"or delete that folder")
         start, updates, best = state["iteration"], state["updates"], state["best"]
-        metrics = state["metrics"] if start >= args.iterations else state["metrics"][:start]  # without a last validation
+        metrics = state["metrics"] if start >= args.iterations else state["metrics"][:start]  # no last validation
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
+        cpu, *cuda = (rng.cpu() for rng in state["rng"])
+        torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
         if start < args.iterations:
             print(f"{args.out}: resuming at iteration {start}")
     if start >= args.iterations:
@@ -209,8 +212,8 @@ def main(args: Args):
     twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs)
     target = envs.VecEnv(args.task, envs.domain(args.target), args.eval_envs)
     decisions = -(-twin.max_episode_steps // policy.chunk)  # a rollout: the longest episode
-    print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and {sum(p.numel() for p in critic):,}"
-          f" of the critic train on {device}; {args.num_envs} x {decisions} decisions an iteration; beta {args.beta}")
+    print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "
+          f"{sum(p.numel() for p in critic):,} of the critic train on {device}; {args.num_envs} x {decisions} decisions an iteration; beta {args.beta}")
 
     def validate(iteration):
         nonlocal best
@@ -265,7 +268,8 @@ def main(args: Args):
                                                              ).flatten())
         warming_up, history = iteration < args.critic_warmup, []
         size = len(rollout["logprob"])
-        for rows in (rows for _ in range(args.update_epochs) for rows in torch.randperm(size).split(args.minibatch_size)):
+        epochs = (torch.randperm(size).split(args.minibatch_size) for _ in range(args.update_epochs))
+        for rows in (rows for epoch in epochs for rows in epoch):
             optimizer.zero_grad()
             step = []
             for part, micro in enumerate(rows.chunk(args.accumulate)):
@@ -283,15 +287,15 @@ def main(args: Args):
                     p.grad = None
             step["grad_norm"] = torch.nn.utils.clip_grad_norm_(actor + critic, args.max_grad_norm).item()
             if not math.isfinite(step["grad_norm"] + step["ppo"] + step["anchor"]):
-                raise SystemExit(f"iteration {iteration}: the gradient is {step['grad_norm']}, the loss {step['ppo']} + "
-                                 f"beta * {step['anchor']}. {args.out} keeps the last good checkpoint; begin again with "
-                                 f"a lower --lr and another --out")
+                raise SystemExit(f"iteration {iteration}: the gradient is {step['grad_norm']}, the loss {step['ppo']} "
+                                 f"+ beta * {step['anchor']}. {args.out} keeps the last good checkpoint; begin again "
+                                 f"with a lower --lr and another --out")
             optimizer.step()
             history.append(step)
             updates += 1
         if not history:
-            raise SystemExit(f"iteration {iteration}: the KL divergence exceeds --target-kl {args.target_kl} before the "
-                             f"first step: acting and evaluating disagree; {args.out} keeps the last good checkpoint")
+            raise SystemExit(f"iteration {iteration}: the KL divergence exceeds --target-kl {args.target_kl} before "
+                             f"the first step: acting and evaluating disagree; {args.out} keeps the last good checkpoint")
 
         # log
         log |= {f"loss/{k}": float(np.mean([h[k] for h in history])) for k in history[0]}
@@ -302,8 +306,8 @@ def main(args: Args):
         recent = [m["rollout/success"] for m in metrics[-4:]]
         if len(recent) == 4 and max(recent) == 0 and max(m["rollout/success"] for m in metrics) > 0.1:
             raise SystemExit(f"the policy collapsed: no success in iterations {iteration - 3} to {iteration}. "
-                             f"{args.out}/best is the best checkpoint; begin again with a lower --lr or --target-kl and "
-                             f"another --out")
+                             f"{args.out}/best is the best checkpoint; begin again with a lower --lr or --target-kl "
+                             f"and another --out")
         for key, value in log.items():
             writer.add_scalar(key, value, iteration)
         bar.set_postfix(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}",
@@ -313,7 +317,7 @@ def main(args: Args):
         policy.save(args.out / "last")
         write_file(state_file, dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
                                     policy=policy.state_dict(), optimizer=optimizer.state_dict(),
-                                    rng=torch.get_rng_state()))
+                                    rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
         write_file(args.out / "metrics.json", metrics)
 
     plot_run(metrics, args.target, args.out / "learning_curve.png")

@@ -79,7 +79,8 @@ class Args:
 
 
 def main(args: Args):
-    demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"), real=args.real or Path(f"demos/{args.task}-{args.target}"),
+    demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"),
+                 real=args.real or Path(f"demos/{args.task}-{args.target}"),
                  val=args.real_val or Path(f"demos/{args.task}-{args.target}-val"))
     if not (args.sim or args.real or args.real_val) and not all(path.exists() for path in demos.values()):
         data.main(data.Args(task=args.task, target=args.target))
@@ -123,7 +124,8 @@ def main(args: Args):
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"].cpu())
+        cpu, *cuda = (rng.cpu() for rng in state["rng"])
+        torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
         print(f"{args.out}: resuming at step {step}")
 
     if args.wandb:
@@ -147,8 +149,8 @@ def main(args: Args):
         loss = torch.cat(losses).detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         if not torch.isfinite(grad_norm):
-            raise SystemExit(f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm.item()}. {args.out} "
-                             f"keeps the last good checkpoint; begin again with a lower --lr and another --out")
+            raise SystemExit(f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm.item()}. "
+                             f"{args.out} keeps the last good checkpoint; begin again with a lower --lr and another --out")
         optimizer.step()
         scheduler.step()
         step += 1
@@ -176,7 +178,7 @@ def main(args: Args):
             policy.save(args.out / "last")
             write_file(state_file, dict(args=settings, step=step, best=best, policy=policy.state_dict(),
                                         optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                                        rng=torch.get_rng_state()))
+                                        rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
     bar.close(), writer.close(), twin.close(), target.close()
     print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
           f"tensorboard --logdir {args.out}; next: python train_rlco.py")

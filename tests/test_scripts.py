@@ -14,7 +14,8 @@ import train_sft
 
 ROOT = Path(__file__).parent.parent
 STAGE_1 = "train_sft.py --steps 6 --batch-size 8 --evaluations 2 --eval-episodes 2 --num-envs 1".split()
-STAGE_2 = "train_rlco.py --num-envs 1 --minibatch-size 4 --anchor-batch-size 4 --eval-every 2 --eval-episodes 2 --eval-envs 1 --critic-warmup 1".split()
+STAGE_2 = ("train_rlco.py --num-envs 1 --minibatch-size 4 --anchor-batch-size 4 --critic-warmup 1 --eval-every 2 "
+           "--eval-episodes 2 --eval-envs 1").split()
 
 
 def run(folder, *command, ok=True):
