@@ -184,6 +184,14 @@ def rate(entry):
     return f"{100 * successes / episodes:.0f} % [{100 * low:.0f}, {100 * high:.0f}]{each}"
 
 
+def mean(entries):
+    """Mean over tasks that weigh alike; its Wilson interval is of the number of episodes that vary as much as it does."""
+    successes, episodes = np.array([np.sum(entry, 0) for entry in entries], float).T
+    share, n = np.mean(successes / episodes), len(entries) ** 2 / np.sum(1 / episodes)
+    low, high = wilson(share * n, n)
+    return f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
@@ -222,9 +230,8 @@ def report():
         for domain in ("standin", "twin") if tasks else ():
             rows = [[task, *rates(runs, domain)] for task, runs in tasks.items()]
             if len(tasks) > 1 and all((run, None) in success for runs in tasks.values() for run in runs):
-                share = lambda run: np.divide(*np.sum(success[run, None][domain], 0))
-                rows.append([f"mean of {len(tasks)} tasks",
-                             *(f"{100 * np.mean(list(map(share, column))):.0f} %" for column in zip(*tasks.values()))])
+                rows.append([f"mean of {len(tasks)} tasks", *(
+                    mean([success[run, None][domain] for run in column]) for column in zip(*tasks.values()))])
             if domain == "standin":
                 rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
             text.append(f"## {label} (`{policy}`): {domain}\n\n" + table(["", *PARADIGMS.values()], rows))
