@@ -43,6 +43,11 @@ SEEDS = dict(twin_demos=1_000_000, real_demos=2_000_000, real_val=3_000_000, val
              evaluation=5_000_000, rl=10_000_000)
 
 
+def rl_seed(seed: int, iteration: int) -> int:
+    """First episode of an iteration of RL; seeds of 420 and more begin anew, as numpy's generators end at 2^32."""
+    return SEEDS["rl"] + (seed * 10_000_000 + iteration * 10_000) % 4_200_000_000
+
+
 @dataclass(frozen=True)
 class Domain:
     """What a world looks like and how it moves. A task knows nothing of it, so a new domain is one `replace(TWIN, ...)`.
@@ -426,7 +431,7 @@ class TabletopEnv(BaseEnv):
         return dict(state=proprioceptive_state(panda_kinematics(q[:, :7])[0], q[:, 7:8] / GRIPPER_OPEN * 2 - 1))
 
     def compute_dense_reward(self, obs, action, info):
-        """Success plus the change of the task's potential, undiscounted (potential-based shaping, Ng 1999)."""
+        """Success plus the change of the task's potential, undiscounted (after Ng 1999)."""
         before, self._potential = self._potential, self.potential()
         return info["success"].float() + self._potential - before
 
@@ -929,8 +934,8 @@ class VecEnv:
 
         -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds; with `video` also
         frames, a list [N] of lists of [H,W,3], one a control step. The same program plays them the same way every
-        time; in another order contacts may differ in the last digits, for PhysX solves them in an order that depends
-        on the episodes before.
+        time. In another order, or in another number of environments, a policy that samples draws other noise, and
+        PhysX solves contacts in another order.
         """
         n = len(seeds)
         played = dict(success=np.zeros(n, bool), length=np.zeros(n, int), reward=np.zeros(n), frames=[[] for _ in seeds])

@@ -90,7 +90,8 @@ class Args:
     num_envs: int = 32
     """environments in parallel, spread over the cores"""
     videos: int = 2
-    """recorded episodes of each kind, successes and failures, of each checkpoint; 0 records nothing"""
+    """episodes of each kind, successes and failures, of each checkpoint, played once more and recorded (with other
+    noise, so that some end otherwise; their names say how); 0 records nothing"""
     out: Path = Path("runs/eval")
     """folder of results.json and the videos"""
     trials: int = 10
@@ -752,9 +753,10 @@ def sha256(checkpoint: str) -> str:
 
 def provenance(args: Args) -> dict:
     """What else it takes to get the same numbers again."""
+    git = lambda *command: subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
     try:
-        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-                                capture_output=True, text=True).stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * changed
     except OSError:  # no git
         commit = ""
     args = json.loads(json.dumps(asdict(args), default=str))

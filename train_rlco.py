@@ -77,8 +77,8 @@ class Args:
     entropy_coef: float = 0.0
     max_grad_norm: float = 1.0
     target_kl: float = 0.05
-    """an iteration's update stops when the approximate KL divergence exceeds it (of pi0.5: that of the log-probability
-    per denoising step, which the ratio is made of)"""
+    """an iteration's update stops when the approximate KL divergence exceeds it (of the log-probability that the ratio
+    is made of: the mean over the denoising chain of pi0.5, over the chunk's actions of OpenVLA)"""
     critic_warmup: int = 3
     """first iterations that train only the critic"""
     eval_every: int = 5
@@ -188,22 +188,22 @@ def main(args: Args):
     settings["policy_written"] = os.path.getmtime(args.policy) if Path(args.policy).is_dir() else None
     state_file, start, updates, metrics, best = args.out / "trainer.pt", 0, 0, [], -1.0
     if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - {"iterations", "wandb"}:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        free = {"iterations", "eval_envs", "out", "wandb"}
+        if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - free:
             raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
                              f"or delete that folder")
-        start, updates, best = state["iteration"], state["updates"], state["best"]
-        metrics = state["metrics"] if start >= args.iterations else state["metrics"][:start]  # no last validation
+        start, updates, metrics, best = (state[k] for k in ("iteration", "updates", "metrics", "best"))
+        if start >= args.iterations:
+            plot_run(metrics, args.target, args.out / "learning_curve.png")
+            print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
+            return
+        del metrics[start:]  # a last validation, if more iterations are asked for now
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
-        cpu, *cuda = (rng.cpu() for rng in state["rng"])
+        cpu, *cuda = state["rng"]
         torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
-        if start < args.iterations:
-            print(f"{args.out}: resuming at iteration {start}")
-    if start >= args.iterations:
-        plot_run(metrics, args.target, args.out / "learning_curve.png")
-        print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
-        return
+        print(f"{args.out}: resuming at iteration {start}")
 
     if args.wandb:
         import wandb
@@ -213,7 +213,8 @@ def main(args: Args):
     target = envs.VecEnv(args.task, envs.domain(args.target), args.eval_envs)
     decisions = -(-twin.max_episode_steps // policy.chunk)  # a rollout: the longest episode
     print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "
-          f"{sum(p.numel() for p in critic):,} of the critic train on {device}; {args.num_envs} x {decisions} decisions an iteration; beta {args.beta}")
+          f"{sum(p.numel() for p in critic):,} of the critic train on {device}; {args.num_envs} x {decisions} "
+          f"decisions an iteration; beta {args.beta}")
 
     def validate(iteration):
         nonlocal best
@@ -226,14 +227,13 @@ def main(args: Args):
 
     bar = tqdm(range(start, args.iterations), initial=start, total=args.iterations, desc="stage II", unit="iteration")
     for iteration in bar:
-        log, began = dict(iteration=iteration), time.time()
-
+        log = dict(iteration=iteration)
         if iteration % args.eval_every == 0:
             log |= validate(iteration)
-            began = time.time()
+        began = time.time()
 
         # rollout in the twin; every iteration has its own episodes, also in a resumed run
-        obs = twin.reset(envs.SEEDS["rl"] + args.seed * 10_000_000 + iteration * 10_000)
+        obs = twin.reset(envs.rl_seed(args.seed, iteration))
         steps = []
         for _ in range(decisions):
             obs = policy.encode(obs)
@@ -308,12 +308,13 @@ def main(args: Args):
             raise SystemExit(f"the policy collapsed: no success in iterations {iteration - 3} to {iteration}. "
                              f"{args.out}/best is the best checkpoint; begin again with a lower --lr or --target-kl "
                              f"and another --out")
-        for key, value in log.items():
-            writer.add_scalar(key, value, iteration)
         bar.set_postfix(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}",
                         anchor=f"{log['loss/anchor']:.3f}")
         if iteration + 1 == args.iterations:
             metrics.append(dict(iteration=args.iterations, **validate(args.iterations)))
+        for entry in metrics[iteration:]:
+            for key, value in entry.items():
+                writer.add_scalar(key, value, entry["iteration"])
         policy.save(args.out / "last")
         write_file(state_file, dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
                                     policy=policy.state_dict(), optimizer=optimizer.state_dict(),

@@ -113,8 +113,9 @@ def main(args: Args):
     settings = json.loads(json.dumps(asdict(args), default=str))
     state_file, step, best = args.out / "trainer.pt", 0, -1.0
     if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - {"workers", "num_envs", "wandb"}:
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        free = {"workers", "num_envs", "out", "wandb"}
+        if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - free:
             raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
                              f"or delete that folder")
         step, best = state["step"], state["best"]
@@ -124,7 +125,7 @@ def main(args: Args):
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        cpu, *cuda = (rng.cpu() for rng in state["rng"])
+        cpu, *cuda = state["rng"]
         torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
         print(f"{args.out}: resuming at step {step}")
 

@@ -5,8 +5,9 @@
     python results/experiment.py --seeds 1 2 --jobs 4
 
 A cell is one training run, in runs/experiment/, or the evaluation of its best checkpoint, in results/raw/, on the same
-seeds for all runs of a task. Tables and figures are made from results/raw/ alone. A finished cell is never run again, a
-killed one goes on. All settings are the scripts' defaults, but for those that stand in this file.
+seeds for all runs of a task. Tables and figures are made from results/raw/ alone. A finished cell is never run again
+(delete its folders to have it anew), a killed one goes on. All settings are the scripts' defaults, but for those that
+stand in this file.
 """
 import json
 import os
@@ -185,7 +186,7 @@ def rate(entry):
 
 
 def mean(entries):
-    """Mean over tasks that weigh alike; its Wilson interval is of the number of episodes that vary as much as it does."""
+    """Mean over tasks that weigh alike; its Wilson interval is that of episodes that vary at least as much as it does."""
     successes, episodes = np.array([np.sum(entry, 0) for entry in entries], float).T
     share, n = np.mean(successes / episodes), len(entries) ** 2 / np.sum(1 / episodes)
     low, high = wilson(share * n, n)
@@ -200,7 +201,8 @@ def report():
     success, metrics = collected()
     text = ["# Results\n\nMade by `python results/experiment.py`. Success on unseen episodes, the same in every cell of a "
             "table, with 95 % Wilson intervals over the episodes of all training seeds together (each seed's own rate in "
-            "brackets, where there are several). **The stand-in is a second simulated domain, not a real robot.** "
+            "brackets, where there are several): they say what these checkpoints do, not what another training seed "
+            "would. **The stand-in is a second simulated domain, not a real robot.** "
             "Checkpoints are the best on validation seeds in the twin.\n"]
 
     def rates(runs, domain, variation=None):
@@ -210,17 +212,21 @@ def report():
         return {label: [curve(m, key, scale) for m in metrics[run]] for run, label in runs.items() if run in metrics}
 
     def rl_section(title, name, start, runs, target="standin"):
-        """Success and the imitation loss on held-out real demonstrations, before RL (the run `start`) and after."""
+        """Success and the imitation loss on held-out real demonstrations, before RL (the run `start`) and of the
+        checkpoints that are evaluated."""
         prefix = "push_cube-tiny-pi05-"
         runs = {prefix + run: label for run, label in runs.items() if prefix + run in metrics}
         if len(runs) > 1:
             plot({f"{target}, success (%)": curves(runs, f"eval/success_{target}", 100),
                   "twin, success (%)": curves(runs, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
             plot({"": curves(runs, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
-            loss = lambda run, i: sum(m[i]["eval/real_loss"] for m in metrics[run]) / len(metrics[run])
+            validated = lambda m: [entry for entry in m if "eval/success_twin" in entry]
+            best = lambda m: max(reversed(validated(m)), key=lambda entry: entry["eval/success_twin"])
+            loss = lambda run, entry: np.mean([entry(m)["eval/real_loss"] for m in metrics[run]])
             both = lambda run: [*rates([run], "twin"), *rates([run], target)]
             rows = [["before RL", *both(prefix + start), ""]] if start else []
-            rows += [[label, *both(run), f"{loss(run, 0):.3f} → {loss(run, -1):.3f}"] for run, label in runs.items()]
+            rows += [[label, *both(run), f"{loss(run, lambda m: m[0]):.3f} → {loss(run, best):.3f}"]
+                     for run, label in runs.items()]
             text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 

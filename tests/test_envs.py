@@ -263,6 +263,9 @@ def test_seeds_of_different_uses_never_meet():
     starts = sorted(envs.SEEDS.values())
     assert min(np.diff(starts)) >= 1_000_000 and len(set(starts)) == len(starts)
     assert envs.SEEDS["rl"] == starts[-1]  # open-ended: an iteration takes ten thousand, however many there are
+    for seed in (0, 1, 419, 1337, 2**40):
+        assert starts[-1] <= envs.rl_seed(seed, 0) and envs.rl_seed(seed, 999) + 10_000 < 2**32
+    assert envs.rl_seed(1, 999) + 10_000 == envs.rl_seed(2, 0)
 
 
 def test_an_unknown_task_is_one_line():
