@@ -220,12 +220,11 @@ def report():
             plot({f"{target}, success (%)": curves(runs, f"eval/success_{target}", 100),
                   "twin, success (%)": curves(runs, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
             plot({"": curves(runs, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
-            validated = lambda m: [entry for entry in m if "eval/success_twin" in entry]
-            best = lambda m: max(reversed(validated(m)), key=lambda entry: entry["eval/success_twin"])
-            loss = lambda run, entry: np.mean([entry(m)["eval/real_loss"] for m in metrics[run]])
+            best = lambda m: max(curve(m, "eval/success_twin"), key=lambda point: point[::-1])[0]  # of equals the later
+            loss = lambda run, at: np.mean([dict(curve(m, "eval/real_loss"))[at(m)] for m in metrics[run]])
             both = lambda run: [*rates([run], "twin"), *rates([run], target)]
             rows = [["before RL", *both(prefix + start), ""]] if start else []
-            rows += [[label, *both(run), f"{loss(run, lambda m: m[0]):.3f} → {loss(run, best):.3f}"]
+            rows += [[label, *both(run), f"{loss(run, lambda m: 0):.3f} → {loss(run, best):.3f}"]
                      for run, label in runs.items()]
             text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
