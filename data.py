@@ -82,8 +82,8 @@ class DatasetWriter:
     H.264 video, which is lossy and several times smaller.
     """
 
-    def __init__(self, path, fps, video=False, robot_type="panda"):
-        self.path, self.fps, self.video, self.robot_type = Path(path), fps, video, robot_type
+    def __init__(self, path, fps, video=False):
+        self.path, self.fps, self.video = Path(path), fps, video
         if self.path.exists():
             raise FileExistsError(f"{self.path} exists already: delete it, or choose another folder")
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ class DatasetWriter:
                 picture.pts, picture.time_base = self.video_frames, 1 / Fraction(self.fps)
                 self.video_file.mux(self.stream.encode(picture))
                 self.video_frames += 1
-        row |= {key: episode[key] for key in ("success", "seed") if key in episode}
+        row |= {key: np.asarray(episode[key]).item() for key in ("success", "seed") if key in episode}
         row |= {f"stats/{key}/{name}": x.tolist() for key, stat in stats.items() for name, x in stat.items()}
         self.episodes.append(row)
         self.columns.append(columns)
@@ -195,7 +195,7 @@ class DatasetWriter:
                 "video.pix_fmt": "yuv420p", "video.fps": self.fps, "video.is_depth_map": False, "has_audio": False}}
         scalars = {key: {"dtype": str(x.dtype), "shape": [1], "names": None}
                    for key, x in self.columns[0].items() if x.ndim == 1}
-        info = {"codebase_version": "v3.0", "robot_type": self.robot_type, "total_episodes": len(self.episodes),
+        info = {"codebase_version": "v3.0", "robot_type": "panda", "total_episodes": len(self.episodes),
                 "total_frames": self.frames, "total_tasks": len(self.tasks), "chunks_size": FILES_PER_CHUNK,
                 "data_files_size_in_mb": FILE_BYTES >> 20, "video_files_size_in_mb": FILE_BYTES >> 20, "fps": self.fps,
                 "splits": {"train": f"0:{len(self.episodes)}"}, "data_path": DATA_PATH,
@@ -274,7 +274,7 @@ def load_dataset(path, max_bytes=4 << 30, num_episodes=None, fps=None):
         is_video, shape = cameras[camera] == "video", shapes[camera]
         shape = shape[1:] + shape[:1] if shape[0] == 3 != shape[-1] else shape  # some datasets say channels first
         episodes, tasks = _read_episodes(root, info, camera if is_video else None), _read_tasks(root, info)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{root}/meta: corrupt or incomplete ({error!r})") from None
 
     state, action, task = [], [], []
@@ -294,8 +294,6 @@ def load_dataset(path, max_bytes=4 << 30, num_episodes=None, fps=None):
     bounds, task = np.cumsum([0] + [episode["length"] for episode in episodes]), np.concatenate(task)
     if (bad := np.flatnonzero(~np.isin(task, list(tasks)))).size:
         raise ValueError(f"{root}/meta: no task {task[bad[0]]}, which frame {bad[0]} of the dataset names")
-    prompt = np.empty(max(tasks) + 1, object)
-    prompt[list(tasks)] = list(tasks.values())
 
     if num_episodes is not None and not 1 <= num_episodes <= len(episodes):
         raise ValueError(f"{root} has {len(episodes)} episodes, of which {num_episodes} cannot be used")
@@ -304,13 +302,14 @@ def load_dataset(path, max_bytes=4 << 30, num_episodes=None, fps=None):
     for episode in episodes:
         if not episode["file"].exists():
             raise FileNotFoundError(f"{episode['file']}: missing; the images of episode {episode['index']} are in it")
+    prompt = np.array([tasks[i] for i in task.tolist()], object)
     frames = FramesOnDisk(episodes, bounds, shape, recorded, None if is_video else camera)
     if bounds[-1] * math.prod(shape) <= max_bytes:
         frames = frames.decode(np.arange(bounds[-1]))
     else:  # a file that ends too early is found now, and not hours into the training
         last_of_file = {episode["file"]: end - 1 for episode, end in zip(episodes, bounds[1:])}
         frames.decode(np.sort(list(last_of_file.values())))
-    return Demonstrations(root, recorded, state, action, prompt[task], bounds, frames, shape)
+    return Demonstrations(root, recorded, state, action, prompt, bounds, frames, shape)
 
 
 def _read_json(path, lines=False):
@@ -366,7 +365,7 @@ def _read_episodes(root, info, video_key):
         if info["codebase_version"] == "v2.1":
             place = lambda kind: {"episode_chunk": index // info["chunks_size"], "episode_index": index}
         data = root / info["data_path"].format(**place("data"))
-        episode = {"index": index, "length": row["length"], "data": data, "file": data}
+        episode = {"index": index, "length": int(row["length"]), "data": data, "file": data}
         if video_key:
             video = f"videos/{video_key}"
             episode["file"] = root / info["video_path"].format(video_key=video_key, **place(video))
@@ -414,7 +413,7 @@ class FramesOnDisk:
                         raise ValueError(f"it is {frame.shape}, info.json says {self.shape}")
                     out[rows[done]] = frame
                     done += 1
-            except (pa.ArrowException, av.error.FFmpegError, OSError, ValueError, LookupError) as error:
+            except (pa.ArrowException, av.error.FFmpegError, OSError, ValueError, LookupError, AttributeError) as error:
                 e = owner[rows[done]]
                 raise ValueError(f"{path}: frame {indices[rows[done]] - self.bounds[e]} of episode "
                                  f"{self.episodes[e]['index']} cannot be read ({error})") from None
@@ -532,7 +531,7 @@ def _demonstrate(task, domain, num, first_seed, pool):
     with tqdm(total=num, desc=f"{task}, {domain.name}", unit="episode") as bar:
         try:
             while bar.n < num:
-                while len(pending) < min(2 * os.cpu_count(), math.ceil((num - bar.n) / SEEDS_PER_BLOCK)):
+                while len(pending) < min(2 * len(os.sched_getaffinity(0)), math.ceil((num - bar.n) / SEEDS_PER_BLOCK)):
                     seeds = range(start := next(starts), start + SEEDS_PER_BLOCK)
                     pending.append(pool.submit(_demonstrate_block, task, domain, seeds))
                 for episode in pending.popleft().result():
@@ -592,7 +591,7 @@ class Args:
     """Held-out demonstrations in the target, for validation."""
     out: Path = Path("demos")
     """Folder of the datasets."""
-    workers: int = os.cpu_count() or 1
+    workers: int = len(os.sched_getaffinity(0))
     """Simulator processes, about half a GB of memory each."""
     video: bool = False
     """Store the frames as H.264 video, several times smaller and slightly lossy, instead of as PNG columns."""
@@ -626,8 +625,10 @@ class RecordArgs:
     """the arm, the camera, and limits that every motion keeps"""
     task: str = "push_cube"
     """a task of envs.py: its instruction, and the initial states to arrange"""
-    out: Path = Path("demos/push_cube-real")
-    """the dataset; it appears when all demonstrations are there"""
+    held_out: bool = False
+    """demonstrations for `--real-val`: their initial states are others than those for training"""
+    out: Path | None = None
+    """the dataset; it appears when all demonstrations are there (default: demos/TASK-real, or demos/TASK-real-val)"""
     episodes: int = 50
     """how many"""
     by: Literal["keyboard", "spacemouse", "hand"] = "keyboard"
@@ -690,9 +691,10 @@ def record(args: RecordArgs):
     import eval_real
 
     envs.check_task(args.task)
-    parts, mouse = args.out.with_name(f"{args.out.name}.parts"), None
-    if args.out.exists():
-        raise FileExistsError(f"{args.out} exists already: delete it, or choose another folder")
+    out = args.out or Path(f"demos/{args.task}-real{'-val' if args.held_out else ''}")
+    parts, mouse = out.with_name(f"{out.name}.parts"), None
+    if out.exists():
+        raise FileExistsError(f"{out} exists already: delete it, or choose another folder")
     parts.mkdir(parents=True, exist_ok=True)
     kept = lambda: sorted(parts.glob("[0-9]*.npz"))
     if args.by == "spacemouse":
@@ -701,13 +703,14 @@ def record(args: RecordArgs):
             mouse = pyspacemouse.open(axis_convention=pyspacemouse.AxisConvention.ROS)  # x forward, y left, z up
         except (ImportError, RuntimeError) as error:
             raise SystemExit(f"no SpaceMouse: {error} (pip install pyspacemouse)") from None
-    env = envs.make(args.task, envs.TWIN, video_size=512)
     if len(kept()) < args.episodes:
+        env = envs.make(args.task, envs.TWIN, video_size=512)
+        first_seed = envs.SEEDS["real_val" if args.held_out else "real_demos"]
         with contextlib.closing(eval_real.Camera(args.rig)) as camera, eval_real.Keyboard() as keyboard, \
                 eval_real.Franka(args.rig, camera) as robot:
             while (n := len(kept())) < args.episodes:
                 try:
-                    eval_real.get_ready(robot, keyboard, env, envs.SEEDS["real_demos"] + n,
+                    eval_real.get_ready(robot, keyboard, env, seed := first_seed + n,
                                         f"demonstration {n + 1} of {args.episodes}", parts / "overlay.png")
                     print("Enter: done, keep it; x: drop it", flush=True)
                     episode = demonstrate_by_operator(robot, keyboard, args, env.start_gripper, mouse)
@@ -716,12 +719,12 @@ def record(args: RecordArgs):
                     continue
                 if episode:
                     with open(temporary := parts / "unfinished", "wb") as file:
-                        np.savez(file, **episode)
+                        np.savez(file, prompt=env.instruction, seed=seed, **episode)
                     os.replace(temporary, parts / f"{n:04d}.npz")
                 print(f"kept, {len(episode['action'])} steps" if episode else "dropped", flush=True)
-    write_dataset(args.out, (dict(np.load(path), prompt=env.instruction) for path in kept()), envs.CONTROL_HZ)
+    write_dataset(out, (np.load(path) for path in kept()), envs.CONTROL_HZ)
+    print(f"{out}: {len(kept())} demonstrations")
     shutil.rmtree(parts)
-    print(f"{args.out}: {args.episodes} demonstrations")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The twins: Franka tabletop tasks as ManiSkill environments, their domains, scripted experts and the vectorised env.
 
-    python envs.py show     # contact sheet of every task in every domain
+    python envs.py show     # contact sheet of every task, twin and stand-in
     python envs.py bench    # control steps per second beside stock ManiSkill
     python envs.py expert   # success and length of the scripted experts
 
@@ -296,7 +296,7 @@ class TabletopEnv(BaseEnv):
     """
 
     instruction: str
-    max_episode_steps: int  # control steps; at least 95 % of the demonstrations in either domain are shorter
+    max_episode_steps: int  # control steps; at least 95 % of the demonstrations, twin or stand-in, are shorter
     start_gripper = 1.0  # opening at the start of an episode
     start_tcp = ((0.34, -0.05, 0.14), (0.42, 0.05, 0.20))  # m, box that the TCP starts in
 
@@ -390,6 +390,8 @@ class TabletopEnv(BaseEnv):
         for name, size, center in (("wall", (0.01, 4, 2), (-0.8, 0, 1)), ("floor", (4, 4, 0.01), (0, 0, -0.8))):
             self.box(name, size, self.domain.background, center, collide=False)
         self._load_objects()
+        self._pending = torch.zeros(self.num_envs, self.domain.action_delay, 7, device=self.device)
+        self._potential = torch.zeros(self.num_envs, device=self.device)
         self.home = inverse_kinematics(torch.tensor([[0, np.pi / 8, 0, -np.pi * 5 / 8, 0, np.pi * 3 / 4, np.pi / 4]],
                                                     device=self.device), *self._down(torch.tensor([[0.4, 0, 0.2]])), 50)
 
@@ -404,12 +406,14 @@ class TabletopEnv(BaseEnv):
         finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
         self.agent.robot.set_qpos(torch.cat([q, finger], -1))
         self._place_objects(env_idx)
-        if not hasattr(self, "_pending"):
-            self._pending = torch.zeros(self.num_envs, self.domain.action_delay, 7, device=self.device)
-            self._potential = torch.zeros(self.num_envs, device=self.device)
         self._pending[env_idx] = torch.tensor([0.0] * 6 + [self.start_gripper], device=self.device)
-        self._potential[env_idx] = self.potential()[env_idx]
         self._noise = torch.Generator(self.device).manual_seed(int(self._episode_seed[0]))
+
+    def reset(self, seed=None, options=None):
+        result = super().reset(seed, options)
+        rows = (options or {}).get("env_idx", slice(None))
+        self._potential[rows] = self.potential()[rows]  # not in _initialize_episode: on a GPU poses are known only now
+        return result
 
     def _step_action(self, action):
         action = torch.as_tensor(action, device=self.device, dtype=torch.float32).reshape(self.num_envs, 7)
@@ -469,8 +473,7 @@ class TabletopEnv(BaseEnv):
         truncated = terminated.clone()
         for action in torch.as_tensor(actions, device=self.device).unbind(1):
             running = ~(terminated | truncated)
-            action = action * torch.where(running, 1.0, 0.0)[:, None] if not running.all() else action
-            action = self._step_action(action)
+            action = self._step_action(action * running[:, None])
             self._elapsed_steps += running
             info = self.get_info()
             total += self.get_reward(None, action, info) * running
@@ -545,7 +548,7 @@ class PushCube(TabletopEnv):
         return dict(success=(distance < self.tolerance) & (speed < self.at_rest), distance=distance)
 
     def potential(self):
-        """0 .. 0.75: nearness of the TCP to the cube's far side (a quarter), of the cube to the goal (the rest)."""
+        """0 .. 0.75: nearness of the TCP to the cube's far side (a third), of the cube to the goal (the rest)."""
         cube, way = self.cube.pose.p, self.goal.pose.p - self.cube.pose.p
         distance = torch.linalg.norm(way[:, :2], dim=-1)
         behind = cube - torch.nn.functional.normalize(way * torch.tensor([1.0, 1, 0], device=self.device), dim=-1) * 0.035
@@ -696,7 +699,6 @@ class Drawer(TabletopEnv):
         self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.15 * yaw)))
         low, high = self.start_opening
         self.cabinet.set_qpos((low + (high - low) * (opening + 1) / 2)[:, None])
-        self.cabinet.set_qvel(torch.zeros(len(env_idx), 1, device=self.device))
 
     @property
     def opening(self):
@@ -873,7 +875,7 @@ class VecEnv:
 
     def __init__(self, task: str, domain: Domain, num_envs=32, workers: int | None = None, **kwargs):
         check_task(task)
-        workers = max(1, min(workers or os.cpu_count() or 1, num_envs))
+        workers = max(1, min(workers or len(os.sched_getaffinity(0)), num_envs))
         self.num_envs, self.pipes, self.processes = num_envs, [], []
         self.slices = [range(w, num_envs, workers) for w in range(workers)]
         context = mp.get_context("spawn")
@@ -964,14 +966,14 @@ class VecEnv:
             process.kill()
 
 
-def write_video(path: Path, columns: list, fps: int = CONTROL_HZ):
+def write_video(path: Path, columns: list):
     """H.264 video of lists of frames [H,W,3], side by side; the shorter ones hold their last frame. Whole or not."""
     temporary = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(temporary), "w", format="mp4") as video:
-        stream = video.add_stream("libx264", rate=fps, options={"crf": "20"})
+        stream = video.add_stream("libx264", rate=CONTROL_HZ, options={"crf": "20"})
         stream.height, stream.width, stream.pix_fmt = *np.concatenate([c[0] for c in columns], 1).shape[:2], "yuv420p"
-        for t in range(max(map(len, columns)) + fps):  # one second on the end
+        for t in range(max(map(len, columns)) + CONTROL_HZ):  # one second on the end
             frame = np.concatenate([c[min(t, len(c) - 1)] for c in columns], 1)
             video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         video.mux(stream.encode())
@@ -999,7 +1001,7 @@ def validate(policy, worlds: dict, episodes: int, held_out: dict, video: Path) -
 
 # --------------------------------------------------------------------------------------------------------- command line
 def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None):
-    """Write a contact sheet, a row for each task: starts and later moments in each domain, large and as the policy sees
+    """Write a contact sheet, a row for each task: starts and later moments in the twin and the stand-in, large and as the policy sees
     them (64 x 64)."""
     from PIL import Image
     rows = []
@@ -1020,7 +1022,7 @@ def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Litera
     print(f"{out}: {', '.join(TASKS)} in the twin and the stand-in, each picture beside what the policy sees of it")
 
 
-def expert(episodes: int = 200, workers: int = os.cpu_count() or 1):
+def expert(episodes: int = 200, workers: int = len(os.sched_getaffinity(0))):
     """Success and length of the scripted experts in every domain, on seeds of their own."""
     seeds = range(SEEDS["validation"] + 500_000, SEEDS["validation"] + 500_000 + episodes)
     with mp.get_context("spawn").Pool(workers) as pool:
@@ -1038,12 +1040,12 @@ def _expert_episode(task, domain, seed):
     return episode["success"], len(episode["action"])
 
 
-def _stock(seconds, image_size, ready, count):
+def _stock(seconds, ready, count):
     import gymnasium
     import mani_skill.envs  # noqa: F401  (registers PushCube-v1)
     torch.set_num_threads(1)
     env = gymnasium.make("PushCube-v1", obs_mode="rgb", control_mode="pd_ee_delta_pose", sim_backend="physx_cpu",
-                         render_backend="cpu", sensor_configs=dict(width=image_size, height=image_size))
+                         render_backend="cpu", sensor_configs=dict(width=64, height=64))
     env.reset(seed=0)
     env.step(env.action_space.sample() * 0)
     ready.wait()
@@ -1054,13 +1056,13 @@ def _stock(seconds, image_size, ready, count):
     count.put(steps / seconds)
 
 
-def bench(tasks: tuple[str, ...] = tuple(TASKS), chunk: int = 8, num_envs: int = 32, workers: int = os.cpu_count() or 1,
-          seconds: float = 15.0):
+def bench(tasks: tuple[str, ...] = tuple(TASKS), chunk: int = 8, num_envs: int = 32,
+          workers: int = len(os.sched_getaffinity(0)), seconds: float = 15.0):
     """Control steps per second: stock ManiSkill (PushCube-v1, a picture every step), this, this with the policy."""
     from policy import load_policy
     context = mp.get_context("spawn")
     ready, count = context.Barrier(workers), context.Queue()
-    processes = [context.Process(target=_stock, args=(seconds, 64, ready, count)) for _ in range(workers)]
+    processes = [context.Process(target=_stock, args=(seconds, ready, count)) for _ in range(workers)]
     [p.start() for p in processes]
     stock = sum(count.get() for _ in processes)
     print(f"stock ManiSkill, PushCube-v1, 64 x 64, {workers} processes: {stock:.0f} control steps/s")

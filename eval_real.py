@@ -1,4 +1,4 @@
-"""Success rates of checkpoints: on the robot's stand-in, and in the twin. The comparison table, videos, a JSON file.
+"""Success rates of checkpoints: in the twin, in the robot's stand-in, on a real arm; and a server for any other robot.
 
     python eval_real.py                                              # stage I beside stage II, the defaults' checkpoints
     python eval_real.py --policies runs/real_only/best runs/sft/best runs/rlco/best --episodes 200
@@ -23,7 +23,7 @@ import threading
 import time
 import tty
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -145,7 +145,7 @@ def main(args: Args):
     if args.target == "franka":
         return evaluate_franka(policies, args)
     names = list(dict.fromkeys(["twin", args.target]))
-    repeat = dict(weights={name: sha256(name) for name in policies}, **provenance(args))
+    repeat = dict(weights={name: sha256(policy.source or name) for name, policy in policies.items()}, **provenance(args))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -374,7 +374,7 @@ class Franka:
         self.position, self.rotation = tcp[None, :3, 3].float(), tcp[None, :3, :3].float()
         if self.dry_run:
             return
-        rig = self.rig
+        rig, self.steered = self.rig, None
         try:
             # beyond these N and Nm the arm stops with a reflex; lower ones the impedance law itself would reach
             self.robot.set_collision_behavior_simple([40.0] * 7, [40.0] * 7, [40.0] * 6, [40.0] * 6)
@@ -382,21 +382,22 @@ class Franka:
                 max_velocity=rig.speed, max_acceleration=rig.acceleration, max_jerk=100 * rig.acceleration,
                 max_angular_velocity=rig.rotation_speed, max_angular_acceleration=10 * rig.rotation_speed,
                 max_angular_jerk=1000 * rig.rotation_speed, max_deviation=1.5, max_angular_deviation=3.0)
+            self.heard = self.arm.state().time, time.monotonic()
+            # from the TCP to the frame that franka-rs steers, which depends on the end effector that Desk is told of
+            self.steered = torch.linalg.inv(tcp) @ torch.tensor(self.arm.target_pose())
         except self.franka.FrankaError as error:
+            self.stop()
             raise Stopped(f"the arm does not start: {error}") from None
-        self.heard = self.arm.state().time, time.monotonic()
-        # from the TCP to the frame that franka-rs steers, which depends on the end effector that Desk is told of
-        self.steered = torch.linalg.inv(tcp) @ torch.tensor(self.arm.target_pose())
 
     def stop(self):
         """Bring the arm to rest where it is; the fingers hold what they hold. Ends the control, `start` begins anew."""
         if self.arm is None:
             return
-        try:
-            self.arm.move_to(self._steer(self.tcp()[0]))
+        with suppress(self.franka.FrankaError, ConnectionError):  # by itself it stops when commands stay away
+            if self.steered is not None:
+                self.arm.move_to(self._steer(self.tcp()[0]))
+        with suppress(self.franka.FrankaError):
             self.arm.stop()
-        except (self.franka.FrankaError, ConnectionError):
-            pass  # it has stopped already: it does so by itself when commands stay away
         self.arm = None  # not before: a Ctrl-C in here is followed by another stop
 
     def _steer(self, tcp):
@@ -465,6 +466,8 @@ class Franka:
 
     def go_to(self, position, gripper: float):
         """Take the TCP to a position [3], pointing down: up, across, down; the control ends there."""
+        while self.moving_fingers and not self.moving_fingers.done():  # a busy hand would not hear of the new opening
+            self.rest(time.monotonic() + 0.02, inside=False)
         self.start()
         goal, here = torch.as_tensor(position).float()[None], self.position
         height = max(float(here[0, 2]), float(goal[0, 2]), 0.2)
@@ -572,11 +575,11 @@ def play(policy, robot: Franka, keyboard: Keyboard, instruction: str, max_steps:
         thought.append(time.monotonic() - asked)
         robot.check(actions)
         for action in actions[:max_steps - steps]:
-            robot.step(action)
             frames.append(robot.camera.read(256))
-            steps += 1
             if key := next((k for k in keyboard.pressed() if k in "yna"), ""):
                 break
+            robot.step(action)
+            steps += 1
     robot.stop()
     return dict(key=key, steps=steps, frames=frames, decisions=len(thought), kept_inside=robot.kept_inside,
                 late=sum(t > 1 / envs.CONTROL_HZ for t in thought), decision_ms=1000 * float(np.mean(thought)),
@@ -587,12 +590,12 @@ def evaluate_franka(policies: dict, args: Args):
     """N trials of every checkpoint, from the same initial states, one state after the other; the operator arranges
     them and judges. Saved after every trial; started again, it goes on with the first trial that is missing."""
     path, rig, what = args.out / "franka.json", args.rig, dict(task=args.task, variation=args.variation)
-    saved = dict(what, weights={}, trials=[], void=[])
+    saved = json.loads(path.read_text()) if path.exists() else dict(what, weights={}, trials=[], void=[])
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.trials)
-    if path.exists() and {key: (saved := json.loads(path.read_text())).get(key) for key in what} != what:
+    if {key: saved.get(key) for key in what} != what:
         raise ValueError(f"{path} is an evaluation of {saved['task']}, variation {saved.get('variation')}: choose another "
                          f"folder with --out")
-    weights = {name: sha256(name) for name in policies}
+    weights = {name: sha256(policy.source or name) for name, policy in policies.items()}
     if changed := [name for name in policies if saved["weights"].get(name, weights[name]) != weights[name]]:
         raise ValueError(f"{', '.join(changed)}: not the checkpoint of the trials in {path}: choose another --out")
     saved["weights"] |= weights
@@ -601,17 +604,19 @@ def evaluate_franka(policies: dict, args: Args):
     if todo and saved["trials"]:
         print(f"{path}: {len(saved['trials'])} trials are done, {len(todo)} to go")
 
-    def save():
-        results = []
+    def results():
+        rows = []
         for name in policies:
             trials = [t for t in saved["trials"] if t["policy"] == name]
             if trials:
                 wins = sum(t["success"] for t in trials)
-                results.append(dict(policy=name, domain="franka", task=args.task, episodes=len(trials), successes=wins,
-                                    success_rate=wins / len(trials), wilson=wilson(wins, len(trials)),
-                                    mean_length=float(np.mean([t["steps"] for t in trials]))))
-        write_file(path, dict(saved, results=results, **provenance(args)))
-        return results
+                rows.append(dict(policy=name, domain="franka", task=args.task, episodes=len(trials), successes=wins,
+                                 success_rate=wins / len(trials), wilson=wilson(wins, len(trials)),
+                                 mean_length=float(np.mean([t["steps"] for t in trials]))))
+        return rows
+
+    def save():
+        write_file(path, dict(saved, results=results(), **provenance(args)))
 
     def attempt(seed, name, number):
         """One trial; Stopped if it does not count."""
@@ -621,9 +626,11 @@ def evaluate_franka(policies: dict, args: Args):
         key, frames = played.pop("key"), played.pop("frames")
         if (key := key or keyboard.ask("success? y, n; a: abort, it does not count", "yna")) == "a":
             raise Stopped("aborted by the operator")
+        saved["trials"].append(trial := dict(policy=name, seed=seed, success=key == "y", **played))
+        save()
         envs.write_video(args.out / f"videos/{name.strip('./').replace('/', '-')}_franka_{seed}_"
                                     f"{'success' if key == 'y' else 'failure'}.mp4", [frames])
-        return dict(policy=name, seed=seed, success=key == "y", **played)
+        return trial
 
     if todo:
         env = envs.make(args.task, envs.TWIN, video_size=512, variation=args.variation)
@@ -637,20 +644,20 @@ def evaluate_franka(policies: dict, args: Args):
                         print(f"{number}, a dry run: targets x y z, roll pitch yaw, gripper; nothing moves")
                         play(policies[name], robot, keyboard, env.instruction, policies[name].chunk)
                         continue
-                    saved["trials"].append(t := attempt(seed, name, number))
+                    t = attempt(seed, name, number)
                     todo.pop(0)
                     said = (f"{'success' if t['success'] else 'failure'} after {t['steps']} steps; decisions took "
                             f"{t['decision_ms']:.0f} ms on average, {t['slowest_ms']:.0f} at most, {t['late']} of "
                             f"{t['decisions']} late; {t['kept_inside']} targets were kept inside the workspace")
                 except Stopped as why:
                     saved["void"].append(dict(policy=name, seed=seed, why=str(why)))
+                    if not args.dry_run:
+                        save()
                     said = f"it does not count. {why}"
-                if not args.dry_run:
-                    save()
                 print(f"{number}: {said}", flush=True)
     if not args.dry_run:
         late, decisions = (sum(t[key] for t in saved["trials"]) for key in ("late", "decisions"))
-        print(f"\n{table(save())}\n\n{args.task}; {len(saved['void'])} attempts were stopped or aborted and do not "
+        print(f"\n{table(results())}\n\n{args.task}; {len(saved['void'])} attempts were stopped or aborted and do not "
               f"count; {late} of {decisions} decisions were late; {path}, videos beside it")
 
 
@@ -666,7 +673,7 @@ def align(args: Args):
 
 # --------------------------------------------------------------------------------------------------------------- server
 def pack_array(x):
-    """msgpack's `default` for numpy arrays and scalars, as in openpi's client."""
+    """msgpack's `default` for numpy arrays, as in openpi's client."""
     if isinstance(x, np.ndarray):
         return {b"__ndarray__": True, b"data": x.tobytes(), b"dtype": x.dtype.str, b"shape": x.shape}
     raise TypeError(f"{type(x).__name__} cannot be sent")
@@ -742,7 +749,7 @@ def serve(policy, args: Args):
         server.serve_forever()
 
 
-def sha256(checkpoint: str) -> str:
+def sha256(checkpoint: str | Path) -> str:
     """Of the weights in a checkpoint's folder."""
     total = hashlib.sha256()
     for path in sorted(Path(checkpoint).glob("*.safetensors")):
@@ -760,7 +767,7 @@ def provenance(args: Args) -> dict:
     except OSError:  # no git
         commit = ""
     args = json.loads(json.dumps(asdict(args), default=str))
-    return dict(args=args, commit=commit, python=platform.python_version(), cores=os.cpu_count(),
+    return dict(args=args, commit=commit, python=platform.python_version(), cores=len(os.sched_getaffinity(0)),
                 device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads(),
                 **{name: version(name) for name in ("torch", "transformers", "mani_skill", "sapien", "numpy")})
 

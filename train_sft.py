@@ -104,7 +104,7 @@ def main(args: Args):
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     in_memory = all(isinstance(d.frames, np.ndarray) for d in (real, sim) if d is not None)
-    workers = args.workers if args.workers is not None else 0 if in_memory else os.cpu_count() or 1
+    workers = args.workers if args.workers is not None else 0 if in_memory else len(os.sched_getaffinity(0))
     batches = data.Mixture(real, sim, args.alpha, args.batch_size, policy.horizon, args.seed)
     held_out = data.Mixture(val, None, 0, 256, policy.horizon, seed=0)[0]
 

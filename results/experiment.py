@@ -46,7 +46,7 @@ class Args:
     """run only the sections whose name begins with this; "none" runs nothing"""
     seeds: tuple[int, ...] = (1,)
     """training seeds"""
-    jobs: int = os.cpu_count() or 1
+    jobs: int = len(os.sched_getaffinity(0))
     """cells at the same time, each on one thread (and its simulators)"""
 
 

@@ -191,9 +191,8 @@ def test_frames_are_drawn_uniformly(real):
 
 
 def test_deterministic_and_resumable(real, sim):
-    def load(start, seed=0, workers=0):
-        return list(DataLoader(Mixture(real, sim, 0.3, 8, 2, seed), batch_size=None, sampler=range(start, 6),
-                               num_workers=workers))
+    def load(start, seed=0):
+        return list(DataLoader(Mixture(real, sim, 0.3, 8, 2, seed), batch_size=None, sampler=range(start, 6)))
 
     def same(a, b):
         return all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
@@ -272,6 +271,11 @@ BROKEN = {
     "lengths differ": (lambda r: rewrite(r / EPISODES_FILE, length=pa.array([7, 2, 12, 5])),
                        "file-000.parquet: .*episode 1 has 1 rows, its length is 2"),
     "unknown task": (lambda r: rewrite(r / "meta/tasks.parquet", task_index=pa.array([0, 7])), "no task 1"),
+    "no task names": (lambda r: pq.write_table(pa.table({"task_index": [0, 1]}), r / "meta/tasks.parquet"),
+                      "meta: corrupt or incomplete"),
+    "no length": (lambda r: rewrite(r / EPISODES_FILE, length=pa.nulls(4, pa.int64())), "meta: corrupt or incomplete"),
+    "no image shape": (lambda r: edit_info(r, lambda i: i["features"][IMAGE].update(shape=[])),
+                       "meta: corrupt or incomplete"),
     "empty": (lambda r: shutil.rmtree(r / "meta/episodes"), "an empty dataset"),
 }
 

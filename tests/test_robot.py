@@ -19,6 +19,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import tyro
@@ -707,7 +708,7 @@ def test_dry_run_moves_nothing(simulator, stream, checkpoint, tmp_path):
 
 def test_recorded_demonstrations_are_a_dataset_that_replays(simulator, stream, checkpoint, tmp_path):
     rig = eval_real.Rig(robot_ip=simulator.ip, camera=stream.url, **PATIENT)
-    args = data.RecordArgs(rig=rig, out=tmp_path / "real", episodes=2)
+    args = data.RecordArgs(rig=rig, out=tmp_path / "real", episodes=2, held_out=True)
     stream.mode = "live"
 
     def demonstrate(operator, moves, end):
@@ -732,6 +733,8 @@ def test_recorded_demonstrations_are_a_dataset_that_replays(simulator, stream, c
     real = data.load_dataset(args.out)
     assert len(real.bounds) == 3 and real.fps == envs.CONTROL_HZ and real.image_shape == (64, 64, 3)
     assert set(real.prompt) == {envs.TASKS["push_cube"].instruction} and not args.out.with_name("real.parts").exists()
+    seeds = pq.read_table(next((args.out / "meta/episodes").rglob("*.parquet")))["seed"].to_pylist()
+    assert seeds == [envs.SEEDS["real_val"], envs.SEEDS["real_val"] + 1]  # others than those for training
     first, second = (slice(*real.bounds[i:i + 2]) for i in range(2))
     np.testing.assert_allclose(real.action[first].sum(0)[:6], [0.04, 0, -0.02, 0, 0, 0.05], atol=1e-6)
     np.testing.assert_allclose(real.action[second].sum(0)[:6], [0.01, 0.03, 0.01, 0, 0, 0], atol=1e-6)
