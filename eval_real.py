@@ -10,7 +10,6 @@ The stand-in is a second simulated domain that is never trained on by RL; it is 
 disjoint from those of training, of the demonstrations and of the validation during training. The same command gives
 the same numbers.
 """
-import hashlib
 import json
 import math
 import os
@@ -145,7 +144,7 @@ def main(args: Args):
     if args.target == "franka":
         return evaluate_franka(policies, args)
     names = list(dict.fromkeys(["twin", args.target]))
-    repeat = dict(weights={name: sha256(policy.source or name) for name, policy in policies.items()}, **provenance(args))
+    repeat = dict(weights={name: policy.sha256() for name, policy in policies.items()}, **provenance(args))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -595,7 +594,7 @@ def evaluate_franka(policies: dict, args: Args):
     if {key: saved.get(key) for key in what} != what:
         raise ValueError(f"{path} is an evaluation of {saved['task']}, variation {saved.get('variation')}: choose another "
                          f"folder with --out")
-    weights = {name: sha256(policy.source or name) for name, policy in policies.items()}
+    weights = {name: policy.sha256() for name, policy in policies.items()}
     if changed := [name for name in policies if saved["weights"].get(name, weights[name]) != weights[name]]:
         raise ValueError(f"{', '.join(changed)}: not the checkpoint of the trials in {path}: choose another --out")
     saved["weights"] |= weights
@@ -747,15 +746,6 @@ def serve(policy, args: Args):
     with listen(handle, args.host, args.port, compression=None, max_size=1 << 26, process_request=health) as server:
         print(f"serving {args.policies[0]} on ws://{args.host}:{server.socket.getsockname()[1]}", flush=True)
         server.serve_forever()
-
-
-def sha256(checkpoint: str | Path) -> str:
-    """Of the weights in a checkpoint's folder."""
-    total = hashlib.sha256()
-    for path in sorted(Path(checkpoint).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
 
 
 def provenance(args: Args) -> dict:

@@ -12,6 +12,7 @@ An observation batch: "image" uint8 [B,H,W,3] (pi0.5 also [B,N,H,W,3] with an op
 `python policy.py bench` measures the update against the public pi0.5 code's way of computing it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -208,6 +209,41 @@ def write_file(file: Path, content) -> None:
     os.replace(tmp, file)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, over float32 copies of what is in bfloat16: added to bfloat16 itself, small steps are rounded away. The
+    copies are in param_groups, and get the gradients; what is in float32 is its own copy."""
+
+    def __init__(self, groups: list[dict], **settings):
+        self.copies = []
+        super().__init__([{**g, "params": [self.float32(p) for p in g["params"]]} for g in groups], **settings)
+
+    def float32(self, p: nn.Parameter) -> torch.Tensor:
+        if p.dtype == torch.float32:
+            return p
+        copy = p.detach().float()
+        self.copies.append((p, copy))
+
+        def collect(p):
+            copy.grad, p.grad = p.grad.float() if copy.grad is None else copy.grad + p.grad, None
+
+        p.register_post_accumulate_grad_hook(collect)
+        return copy
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        for p, copy in self.copies:
+            p.copy_(copy)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "copies": [copy for _, copy in self.copies]}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for (_, copy), saved in zip(self.copies, state["copies"]):
+            copy.copy_(saved)
+
+
 class Policy(nn.Module):
     """Statistics, prompt encoding, what trains, and checkpoints; the model and its losses are in the two subclasses,
     which also say: what freeze("expert") freezes (FROZEN), what no loss reaches though checkpoints have it (UNTRAINED),
@@ -232,13 +268,25 @@ class Policy(nn.Module):
                              + (f", or unnorm_key= one of {sorted(k)}" if (k := self.config.get("norm_stats")) else ""))
         return self.stats[key]
 
+    def sha256(self) -> str:
+        """Of the weights in the folder that it was loaded from."""
+        total = hashlib.sha256()
+        for path in sorted(self.source.glob("*.safetensors")) if self.source else ():
+            with open(path, "rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
+
     def encode_text(self, texts: list[str]) -> list[list[int]]:
         if self.tokenizer is None:
             try:
-                self.tokenizer = Tokenizer.from_pretrained(self.TOKENIZER)
+                tokenizer = Tokenizer.from_pretrained(self.TOKENIZER)
+                words = (self.config.get("vlm") or self.config["llm"])["vocab_size"]
+                if (n := tokenizer.get_vocab_size()) > words + 64:  # PaliGemma's has a few words without a row
+                    raise ValueError(f"it has {n} words, the checkpoint {words}")
+                self.tokenizer = tokenizer
             except Exception as error:
-                raise FileNotFoundError(f"no tokenizer.json in {self.source}, and {self.TOKENIZER} is out of reach "
-                                        f"({error}): copy that model's tokenizer.json into the folder") from None
+                raise FileNotFoundError(f"no tokenizer.json in {self.source}, and {self.TOKENIZER}'s does not do "
+                                        f"({error}): copy the model's own tokenizer.json into the folder") from None
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def pad_tokens(self, rows: list[list[int]], side: str, value: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -888,7 +936,7 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
                 **overrides) -> Policy:
     """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
     RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content. `stats` replaces the statistics found there; `dtype`
-    converts on load, norms and heads excepted (None keeps the file's); `overrides` replace settings of its config
+    converts on load, heads and Gemma's norms excepted (None keeps the file's); `overrides` replace settings of its config
     (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics). FileNotFoundError or
     ValueError say in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
     if preset := str(name) in PRESETS:
@@ -986,7 +1034,9 @@ def read_file(file: Path):
         if file.name == "tokenizer.json":
             return Tokenizer.from_file(str(file))
         if file.suffix == ".json":
-            return json.loads(file.read_text())
+            if not isinstance(content := json.loads(file.read_text()), dict):
+                raise ValueError("no JSON object")
+            return content
         if file.suffix == ".pt":
             return torch.load(file, "cpu", mmap=True, weights_only=True)
         return load_file(file)

@@ -10,7 +10,6 @@ OUT/last. The same command again resumes a killed run at the iteration that it w
 """
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import envs
-from policy import cat_obs, index_obs, load_policy, write_file
+from policy import AdamW, cat_obs, index_obs, load_policy, read_file, write_file
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Args:
     accumulate: int = 1
     """backward passes in a gradient step: more of them need less memory"""
     bf16: bool = False
-    """weights in bfloat16 (heads, LoRA and norms stay in float32), to fit a large policy on a GPU"""
+    """weights in bfloat16 (heads, LoRA and Gemma's norms stay in float32), to fit a large policy on a GPU"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
     lr: float = 2e-5
@@ -165,10 +164,12 @@ def plot_run(metrics, target, path):
 def main(args: Args):
     if args.policy == Args.policy and not Path(args.policy).exists():
         raise FileNotFoundError(f"{args.policy}: no stage I checkpoint; `python train_sft.py` makes it")
+    if min(args.iterations, args.accumulate, args.eval_every) < 1:
+        raise ValueError("--iterations, --accumulate and --eval-every are at least 1")
     if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
     demos = Path(f"demos/{args.task}-{args.target}")
-    real = data.load_dataset(args.real or demos, num_episodes=args.num_real, fps=envs.CONTROL_HZ)
+    real = data.load_dataset(args.real or demos, num_episodes=args.num_real, fps=envs.CONTROL_HZ) if args.beta else None
     held_out = data.load_dataset(args.real_val or demos.with_name(f"{demos.name}-val"), fps=envs.CONTROL_HZ)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,18 +178,20 @@ def main(args: Args):
     policy.gradient_checkpointing = args.gradient_checkpointing
     critic = list(policy.value_head.parameters())
     actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head")]
-    optimizer = torch.optim.AdamW([dict(params=actor, lr=args.lr), dict(params=critic, lr=args.value_lr)],
-                                  betas=(0.9, 0.95), weight_decay=0)
-    real_batches = data.Mixture(real, None, 0, args.anchor_batch_size // args.accumulate, policy.horizon, args.seed)
+    optimizer = AdamW([dict(params=actor, lr=args.lr), dict(params=critic, lr=args.value_lr)], betas=(0.9, 0.95),
+                      weight_decay=0)
+    actor, critic = (group["params"] for group in optimizer.param_groups)
+    if args.beta:
+        real_batches = data.Mixture(real, None, 0, args.anchor_batch_size // args.accumulate, policy.horizon, args.seed)
     held_out = data.Mixture(held_out, None, 0, 256, policy.horizon, seed=0)[0]
 
     # resume a killed run, leave a finished one alone
     args.out.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(asdict(args), default=str))
-    settings["policy_written"] = os.path.getmtime(args.policy) if Path(args.policy).is_dir() else None
+    settings["weights of --policy"] = policy.sha256()
     state_file, start, updates, metrics, best = args.out / "trainer.pt", 0, 0, [], -1.0
     if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state = read_file(state_file)
         free = {"iterations", "eval_envs", "out", "wandb"}
         if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - free:
             raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
@@ -318,7 +321,7 @@ def main(args: Args):
         policy.save(args.out / "last")
         write_file(state_file, dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
                                     policy=policy.state_dict(), optimizer=optimizer.state_dict(),
-                                    rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
+                                    rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]))
         write_file(args.out / "metrics.json", metrics)
 
     plot_run(metrics, args.target, args.out / "learning_curve.png")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import data
 import envs
-from policy import index_obs, load_policy, write_file
+from policy import AdamW, index_obs, load_policy, read_file, write_file
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Args:
     accumulate: int = 1
     """backward passes in a gradient step: more of them need less memory"""
     bf16: bool = False
-    """weights in bfloat16 (heads, LoRA and norms stay in float32), to fit a large policy on a GPU"""
+    """weights in bfloat16 (heads, LoRA and Gemma's norms stay in float32), to fit a large policy on a GPU"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
     lr: float = 1e-3
@@ -79,6 +79,8 @@ class Args:
 
 
 def main(args: Args):
+    if min(args.steps, args.batch_size, args.accumulate, args.evaluations) < 1:
+        raise ValueError("--steps, --batch-size, --accumulate and --evaluations are at least 1")
     demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"),
                  real=args.real or Path(f"demos/{args.task}-{args.target}"),
                  val=args.real_val or Path(f"demos/{args.task}-{args.target}-val"))
@@ -95,8 +97,8 @@ def main(args: Args):
                          dtype=torch.bfloat16 if args.bf16 else None, device=device)
     policy.freeze(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad])], lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    trained = optimizer.param_groups[0]["params"]
 
     def schedule(step):
         warmup = min(1, (step + 1) / (0.02 * args.steps))
@@ -113,7 +115,7 @@ def main(args: Args):
     settings = json.loads(json.dumps(asdict(args), default=str))
     state_file, step, best = args.out / "trainer.pt", 0, -1.0
     if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state = read_file(state_file)
         free = {"workers", "num_envs", "out", "wandb"}
         if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - free:
             raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
@@ -179,7 +181,7 @@ def main(args: Args):
             policy.save(args.out / "last")
             write_file(state_file, dict(args=settings, step=step, best=best, policy=policy.state_dict(),
                                         optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                                        rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()]))
+                                        rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]))
     bar.close(), writer.close(), twin.close(), target.close()
     print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
           f"tensorboard --logdir {args.out}; next: python train_rlco.py")

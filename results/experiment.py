@@ -153,25 +153,26 @@ def run(cells, jobs):
                 if process.returncode:
                     failed.add(cell.out)
                 elif cell.script != "eval_real.py":
-                    if (metrics := Path(cell.out, "metrics.json")).exists():  # of stage II, for the figures
-                        write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
                     cell.done.touch()
+                elif (metrics := Path(cell.start.out, "metrics.json")).exists():  # of stage II, for the figures
+                    write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
         time.sleep(1)
     return sorted(failed) + sorted(todo)
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures
 def collected():
-    """{(TASK-POLICY-NAME, variation or None): {domain: [(successes, episodes) of each training seed]}}, and
-    {TASK-POLICY-NAME: [stage II's metrics of each]}."""
+    """{(TASK-POLICY-NAME, variation or None): {domain: {training seed: (successes, episodes)}}}, and
+    {TASK-POLICY-NAME: [stage II's metrics of each training seed]}."""
     success, metrics = {}, {}
     for path in sorted(Path("results/raw").glob("*/results.json")):
         content = json.loads(path.read_text())
         for r in content["results"]:
-            key = Path(r["policy"]).parent.name.rsplit("-s", 1)[0], content["args"]["variation"]
-            success.setdefault(key, {}).setdefault(r["domain"], []).append((r["successes"], r["episodes"]))
+            run, seed = Path(r["policy"]).parent.name.rsplit("-s", 1)
+            entry = success.setdefault((run, content["args"]["variation"]), {}).setdefault(r["domain"], {})
+            entry[int(seed)] = r["successes"], r["episodes"]
         if (file := path.with_name("metrics.json")).exists():
-            metrics.setdefault(key[0], []).append(json.loads(file.read_text()))
+            metrics.setdefault(run, []).append(json.loads(file.read_text()))
     return success, metrics
 
 
@@ -179,15 +180,15 @@ def rate(entry):
     """Success with its 95 % Wilson interval, all episodes of all training seeds together; each seed's in brackets."""
     if not entry:
         return "–"
-    successes, episodes = map(sum, zip(*entry))
+    successes, episodes = map(sum, zip(*entry.values()))
     low, high = wilson(successes, episodes)
-    each = f" ({', '.join(f'{100 * s / n:.0f}' for s, n in entry)})" if len(entry) > 1 else ""
+    each = f" ({', '.join(f'{100 * s / n:.0f}' for s, n in entry.values())})" if len(entry) > 1 else ""
     return f"{100 * successes / episodes:.0f} % [{100 * low:.0f}, {100 * high:.0f}]{each}"
 
 
 def mean(entries):
     """Mean over tasks that weigh alike; its Wilson interval is that of episodes that vary at least as much as it does."""
-    successes, episodes = np.array([np.sum(entry, 0) for entry in entries], float).T
+    successes, episodes = np.array([np.sum([*entry.values()], 0) for entry in entries], float).T
     share, n = np.mean(successes / episodes), len(entries) ** 2 / np.sum(1 / episodes)
     low, high = wilson(share * n, n)
     return f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
@@ -261,10 +262,11 @@ def report():
              {a: f"push_cube-tiny-pi05-{{}}{'' if a == 0.8 else f'-alpha{a}'}" for a in ALPHAS}),
             ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
              {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else ''}" for n in REAL_DEMOS})):
-        entries = {PARADIGMS[p]: [success.get((run.format(p), None), {}).get("standin", ()) for run in runs.values()]
+        entries = {PARADIGMS[p]: [success.get((run.format(p), None), {}).get("standin") for run in runs.values()]
                    for p in paradigms}
         if all(all(column) for column in entries.values()):
-            plot({"": {label: [[(at, 100 * s / n) for at, (s, n) in zip(runs, seed)] for seed in zip(*column)]
+            plot({"": {label: [[(at, 100 * np.divide(*entry[seed])) for at, entry in zip(runs, column)]
+                               for seed in sorted(set.intersection(*map(set, column)))]
                        for label, column in entries.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
             text.append(f"## {title}: stand-in\n\n" + table([x, *entries], [
                 [at, *map(rate, row)] for at, *row in zip(runs, *entries.values())]) + f"\n![]({name}.png)\n")

@@ -4,7 +4,9 @@ import gzip
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,9 +148,24 @@ def test_pi05_normalisation_and_resize():
 
 
 @torch.no_grad()
+def test_flow_times_are_drawn_from_beta():
+    policy, times = make("tiny-pi05"), []
+    policy.observe = lambda *_, **__: None
+    policy.flow_loss = lambda action, noise, t, _: times.append(t) or torch.zeros_like(noise)
+    policy.sft_loss(make_batch(policy, [PROMPT] * 3) | {"action": torch.zeros(1000, 4, 7),
+                                                        "action_is_pad": torch.zeros(1000, 4, dtype=torch.bool)})
+    t = times[0].flatten().sort().values
+    assert t.shape == (4000,) and 0.001 <= t.min() and t.max() <= 1
+    distance = (((t - 0.001) / 0.999) ** 1.5 - torch.linspace(0, 1, 4000)).abs().max()  # Beta(1.5, 1)'s distribution
+    assert distance < 1.95 / 4000**0.5  # Kolmogorov and Smirnov, p = 0.001
+
+
+@torch.no_grad()
 def test_chain_logprob_is_the_joint_of_its_gaussians():
     """Step by step, one sample and one denoising step at a time, with torch.distributions."""
     policy = make("tiny-pi05", chunk=3, action_dim=9)  # shorter than the horizon, padded dimensions
+    stats, live = policy.stats["action"], [0, 1, 2, 3, 4, 6]
+    policy.stats["action"] = {"q01": stats["q01"], "q99": stats["q99"][:5] + stats["q01"][5:6] + stats["q99"][6:]}
     obs = make_obs(policy, MIXED)
     decision = policy.act(obs, sample=True)
     logprob, entropy, _ = policy.evaluate(obs, decision.latent)
@@ -156,17 +173,17 @@ def test_chain_logprob_is_the_joint_of_its_gaussians():
     for b in range(3):
         prefix = policy.observe(P.index_obs(obs, [b]), feature=False)
         chain, total, spread = decision.latent[b : b + 1], 0, []
-        normal = torch.distributions.Normal(torch.zeros(3, 7), 1)
-        total, spread = normal.log_prob(chain[0, 0, :3, :7]).sum(), [normal.entropy().mean()]
+        normal = torch.distributions.Normal(torch.zeros(3, 6), 1)
+        total, spread = normal.log_prob(chain[0, 0, :3, live]).sum(), [normal.entropy().mean()]
         for k in range(4):
             v, feature = policy.velocity(chain[:, k : k + 1], torch.tensor([[1 - k / 4]]), prefix)
             nxt = chain[:, k : k + 1] - v / 4
             std = (np.log(low) + (np.log(high) - np.log(low)) * (policy.noise_head(feature).tanh() + 1) / 2).exp()
             assert low <= std.min() and std.max() <= high
-            normal = torch.distributions.Normal(nxt[0, 0, :3, :7], std[0, 0, :3, :7])
-            total, spread = total + normal.log_prob(chain[0, k + 1, :3, :7]).sum(), spread + [normal.entropy().mean()]
+            normal = torch.distributions.Normal(nxt[0, 0, :3, live], std[0, 0, :3, live])
+            total, spread = total + normal.log_prob(chain[0, k + 1, :3, live]).sum(), spread + [normal.entropy().mean()]
             noise_free = torch.ones(4, 9, dtype=torch.bool)
-            noise_free[:3, :7] = False  # what is not executed is not explored
+            noise_free[:3, live] = False  # what is not executed, or never moves in the data, is not explored
             torch.testing.assert_close(chain[0, k + 1][noise_free], nxt[0, 0][noise_free], rtol=1e-4, atol=1e-5)
         assert logprob[b].item() == pytest.approx(total.item() / 5, rel=1e-4)
         assert entropy[b].item() == pytest.approx(np.mean(spread), rel=1e-4)
@@ -368,12 +385,14 @@ def test_freeze_trains_what_it_says(name, train):
 def test_gradient_checkpointing_changes_nothing(name):
     policy = make(name).train()
     obs = make_obs(policy, MIXED)
-    latent, grads = policy.act(obs, sample=True).latent, []
+    latent, grads, calls = policy.act(obs, sample=True).latent, [], []
+    layers = policy.vlm.language_model.layers if name == "tiny-pi05" else policy.language_model.model.layers
+    layers[0].mlp.gate_proj.register_forward_hook(lambda *_: calls.append(policy.gradient_checkpointing))
     for policy.gradient_checkpointing in (False, True):
         policy.zero_grad()
         sum(x.mean() for x in policy.evaluate(obs, latent)).backward()
         grads.append([p.grad for p in policy.parameters() if p.grad is not None])
-    assert len(grads[0]) == len(grads[1])
+    assert len(grads[0]) == len(grads[1]) and calls == [False, True, True]  # computed once more
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b)
 
@@ -631,6 +650,39 @@ def test_dtype_on_load(tmp_path):
                 "paligemma_with_expert.paligemma.model.multi_modal_projector.linear.weight"):
         assert kinds[key] == torch.bfloat16, key
     assert policy.vlm.language_model.embed_tokens.weight is policy.paligemma_with_expert.paligemma.lm_head.weight
+
+
+def test_small_steps_on_bfloat16_add_up():
+    """An optimizer of torch's own would leave a bfloat16 weight of 1 at 1: half of its last place is 0.002."""
+    weights = [torch.nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    start = lambda w: P.AdamW([dict(params=[w], lr=1e-4)], weight_decay=0)
+    optimizers = [start(w) for w in weights]
+    for k in range(60):
+        for w, optimizer in zip(weights, optimizers):
+            optimizer.zero_grad()
+            for scale in (1, 2):  # gradients accumulate
+                (w.float() * torch.arange(5) * scale).sum().backward()
+            optimizer.step()
+        if k == 30:  # saved and loaded
+            weights[0] = torch.nn.Parameter(weights[0].detach().clone())
+            state, optimizers[0] = optimizers[0].state_dict(), start(weights[0])
+            optimizers[0].load_state_dict(state)
+    assert weights[1][1] < 0.995 and weights[0].dtype == torch.bfloat16
+    assert torch.equal(weights[0], weights[1].bfloat16())
+    assert optimizers[1].copies == [] and optimizers[1].param_groups[0]["params"][0] is weights[1]
+
+
+@BOTH
+def test_another_models_tokenizer_is_refused(name, tmp_path, monkeypatch):
+    policy = make(name)
+    policy.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for size, error in ((5000, "it has 5000 words, the checkpoint"), (P.VOCAB, None)):
+        tokenizer = P.Tokenizer(P.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+        monkeypatch.setattr(P, "Tokenizer", SimpleNamespace(from_pretrained=lambda _: tokenizer, from_file=None))
+        with pytest.raises(FileNotFoundError, match=error) if error else nullcontext():
+            P.load_policy(tmp_path).encode_text([PROMPT])
+        monkeypatch.undo()
 
 
 def test_clear_errors(tmp_path):

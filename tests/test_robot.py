@@ -657,7 +657,7 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     assert cv2.imread(str(tmp_path / "runs/overlay.png")).shape == (512, 1536, 3)
     args.rig.robot_ip = args.rig.camera = "nowhere"
     saved = path.read_text()
-    path.write_text(saved.replace(eval_real.sha256(checkpoint), "another"))
+    path.write_text(saved.replace(load_policy(checkpoint).sha256(), "another"))
     with pytest.raises(ValueError, match="not the checkpoint of the trials"):
         eval_real.main(args)
     path.write_text(saved)
