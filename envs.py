@@ -988,21 +988,22 @@ def validate(policy, worlds: dict, episodes: int, held_out: dict, video: Path) -
     log, columns = {}, []
     for name, world in worlds.items():
         played = world.evaluate(act, seeds[:episodes], f"  validation, {name}")
-        log |= {f"eval/success_{name}": float(played["success"].mean()), f"eval/length_{name}": float(played["length"].mean())}
+        log |= {f"eval/{key}_{name}": float(played[key].mean()) for key in ("success", "length")}
         columns.append(world.evaluate(act, seeds[:1], video=True)["frames"][0])
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)  # the same flow times and noise every time
         log["eval/real_loss"] = policy.sft_loss(held_out).item()
     write_video(video, columns)
     tqdm.write(f"{video.stem.replace('_', ' ')}: success " + ", ".join(
-        f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds) + f"; held-out real loss {log['eval/real_loss']:.3f}")
+        f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds)
+        + f"; held-out real loss {log['eval/real_loss']:.3f}")
     return log
 
 
 # --------------------------------------------------------------------------------------------------------- command line
 def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None):
-    """Write a contact sheet, a row for each task: starts and later moments in the twin and the stand-in, large and as the policy sees
-    them (64 x 64)."""
+    """Write a contact sheet, a row for each task: starts and later moments in the twin and the stand-in, large and as
+    the policy sees them (64 x 64)."""
     from PIL import Image
     rows = []
     for task in TASKS:
@@ -1031,7 +1032,8 @@ def expert(episodes: int = 200, workers: int = len(os.sched_getaffinity(0))):
                 played = pool.starmap(_expert_episode, [(task, domain, seed) for seed in seeds], chunksize=8)
                 length = np.array([steps for success, steps in played if success])
                 print(f"{task}, {domain.name}: {len(length)} of {episodes} succeed; control steps: median "
-                      f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {TASKS[task].max_episode_steps}")
+                      f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit "
+                      f"{TASKS[task].max_episode_steps}")
 
 
 def _expert_episode(task, domain, seed):

@@ -115,8 +115,9 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 def table(results: list[dict]) -> str:
     """Markdown: a row for each checkpoint, a column for each domain."""
     domains = list(dict.fromkeys(r["domain"] for r in results))
-    lines = ["| checkpoint | " + " | ".join(f"{d}{' (not a real robot)' if d in envs.DOMAINS and d != 'twin' else ''}: success [95 %], "
-                                            f"steps" for d in domains) + " |", "| --- |" + " --- |" * len(domains)]
+    simulated = set(envs.DOMAINS) - {"twin"}
+    head = [d + " (not a real robot)" * (d in simulated) + ": success [95 %], steps" for d in domains]
+    lines = ["| checkpoint | " + " | ".join(head) + " |", "| --- |" + " --- |" * len(domains)]
     for policy in dict.fromkeys(r["policy"] for r in results):
         cells = [f"{100 * r['success_rate']:.0f} % [{100 * r['wilson'][0]:.0f}, {100 * r['wilson'][1]:.0f}] of "
                  f"{r['episodes']}, {r['mean_length']:.0f}" for d in domains for r in results

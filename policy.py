@@ -936,8 +936,8 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
                 **overrides) -> Policy:
     """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
     RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content. `stats` replaces the statistics found there; `dtype`
-    converts on load, heads and Gemma's norms excepted (None keeps the file's); `overrides` replace settings of its config
-    (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics). FileNotFoundError or
+    converts on load, heads and Gemma's norms excepted (None keeps the file's); `overrides` replace settings of its
+    config (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics). FileNotFoundError or
     ValueError say in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
     if preset := str(name) in PRESETS:
         config, tokenizer = PRESETS[str(name)], small_tokenizer()

@@ -97,7 +97,8 @@ def main(args: Args):
                          dtype=torch.bfloat16 if args.bf16 else None, device=device)
     policy.freeze(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
-    optimizer = AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad])], lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad])], lr=args.lr, betas=(0.9, 0.95),
+                      weight_decay=args.weight_decay)
     trained = optimizer.param_groups[0]["params"]
 
     def schedule(step):
@@ -153,7 +154,8 @@ def main(args: Args):
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         if not torch.isfinite(grad_norm):
             raise SystemExit(f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm.item()}. "
-                             f"{args.out} keeps the last good checkpoint; begin again with a lower --lr and another --out")
+                             f"{args.out} keeps the last good checkpoint; begin again with a lower --lr and "
+                             f"another --out")
         optimizer.step()
         scheduler.step()
         step += 1

@@ -80,7 +80,8 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
 
 
 def test_tasks_weigh_alike_in_their_mean():
-    equal, twice = experiment.mean([{1: (30, 100)}, {1: (50, 100)}]), experiment.mean([{1: (30, 100), 2: (30, 100)}, {1: (50, 100)}])
+    equal = experiment.mean([{1: (30, 100)}, {1: (50, 100)}])
+    twice = experiment.mean([{1: (30, 100), 2: (30, 100)}, {1: (50, 100)}])
     low, high = eval_real.wilson(80, 200)
     assert equal == f"40 % [{100 * low:.0f}, {100 * high:.0f}]"
     error = 1.96 * ((0.24 / 200 + 0.24 / 100) / 4) ** 0.5  # of the mean of two rates, at 40 % both
