@@ -59,7 +59,8 @@ class Args:
     accumulate: int = 1
     """backward passes in a gradient step: more of them need less memory"""
     bf16: bool = False
-    """weights in bfloat16 (heads, LoRA and Gemma's norms stay in float32), to fit a large policy on a GPU"""
+    """weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA and Gemma's norms; what trains of them is
+    updated in float32 copies"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
     lr: float = 2e-5
