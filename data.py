@@ -333,12 +333,15 @@ def _read_table(path, columns, what):
 
 def _read_vectors(table, key, path):
     """A list column as float32 [n,7]."""
-    column = table[key].combine_chunks()
+    try:
+        column = table[key].combine_chunks().cast(pa.list_(pa.float32()))
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: {key} is no column of lists of numbers ({error})") from None
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     if (bad := np.flatnonzero(lengths != len(DIMS))).size:
         raise ValueError(f"{path}: {key} has {lengths[bad[0]]} values in episode {table['episode_index'][bad[0]]}, "
                          f"row {bad[0]}; {len(DIMS)} are needed")
-    x = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, len(DIMS))
+    x = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(DIMS))
     if (bad := np.flatnonzero(~np.isfinite(x).all(1))).size:
         raise ValueError(f"{path}: {key} has a NaN or an infinity in episode {table['episode_index'][bad[0]]}, "
                          f"row {bad[0]}")

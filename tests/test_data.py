@@ -268,6 +268,7 @@ BROKEN = {
                     "file-000.mp4: frame .* of episode .* cannot be read"),
     "NaN": (nan_action, "file-000.parquet: action has a NaN .*episode 2, row 10"),
     "vector length": (short_action, "file-000.parquet: action has 6 values in episode 1, row 7"),
+    "no vectors": (lambda r: rewrite(r / DATA_FILE, action=pa.array([0.5] * 25)), "action is no column of lists"),
     "lengths differ": (lambda r: rewrite(r / EPISODES_FILE, length=pa.array([7, 2, 12, 5])),
                        "file-000.parquet: .*episode 1 has 1 rows, its length is 2"),
     "unknown task": (lambda r: rewrite(r / "meta/tasks.parquet", task_index=pa.array([0, 7])), "no task 1"),
