@@ -109,7 +109,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % confidence interval of a success rate (Wilson 1927), also right near 0 and 1."""
     p = successes / n
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+    return max(0.0, center - half) / (1 + z * z / n), min(1.0, (center + half) / (1 + z * z / n))  # rounding
 
 
 def table(results: list[dict]) -> str:

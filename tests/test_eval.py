@@ -15,10 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 import experiment  # noqa: E402
 
 
-@pytest.mark.parametrize("successes,n", [(0, 20), (3, 20), (50, 100), (119, 120), (120, 120)])
+@pytest.mark.parametrize("successes,n", [(0, 7), (0, 20), (3, 20), (20, 20), (50, 100), (119, 120)])
 def test_wilson_interval_is_scipys(successes, n):
     interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    assert eval_real.wilson(successes, n) == pytest.approx((interval.low, interval.high), abs=1e-6)
+    low, high = eval_real.wilson(successes, n)
+    assert (low, high) == pytest.approx((interval.low, interval.high), abs=1e-6) and 0 <= low and high <= 1
 
 
 def test_video_holds_every_frame_side_by_side(tmp_path):
