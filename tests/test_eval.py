@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
 import experiment  # noqa: E402
 
 
-@pytest.mark.parametrize("successes,n", [(0, 7), (0, 20), (3, 20), (20, 20), (50, 100), (119, 120)])
+@pytest.mark.parametrize("successes,n", [(0, 7), (0, 20), (3, 20), (20, 20), (50, 100), (119, 120), (120, 120)])
 def test_wilson_interval_is_scipys(successes, n):
     interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
     low, high = eval_real.wilson(successes, n)
