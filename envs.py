@@ -545,7 +545,7 @@ class PushCube(TabletopEnv):
     def evaluate(self):
         distance = torch.linalg.norm(self.goal.pose.p[:, :2] - self.cube.pose.p[:, :2], dim=-1)
         speed = torch.linalg.norm(self.cube.linear_velocity, dim=-1)
-        return dict(success=(distance < self.tolerance) & (speed < self.at_rest), distance=distance)
+        return dict(success=(distance < self.tolerance) & (speed < self.at_rest))
 
     def potential(self):
         """0 .. 0.75: nearness of the TCP to the cube's far side (a third), of the cube to the goal (the rest)."""
@@ -625,7 +625,7 @@ class PickPlace(TabletopEnv):
         inside, height = self._inside()
         released = self.agent.robot.get_qpos()[:, 7] > self.half_size + 0.01
         speed = torch.linalg.norm(self.block.linear_velocity, dim=-1)
-        return dict(success=inside & (height < self.rim) & released & (speed < self.at_rest), inside=inside)
+        return dict(success=inside & (height < self.rim) & released & (speed < self.at_rest))
 
     def potential(self):
         """0 .. 0.75: nearness of the TCP to the block (a fifth), the block's way over the rim and down (the rest)."""
@@ -724,7 +724,7 @@ class OpenDrawer(Drawer):
     start_gripper = 0.0  # wide open it would not fit behind the handle
 
     def evaluate(self):
-        return dict(success=(self.opening > self.goal) & self._rests(), opening=self.opening)
+        return dict(success=(self.opening > self.goal) & self._rests())
 
     def potential(self):
         """0 .. 0.75: nearness of the TCP to the handle (a third), the drawer's opening (the rest)."""
@@ -757,7 +757,7 @@ class CloseDrawer(Drawer):
 
     def evaluate(self):
         shut = self.opening < 0.001  # where a hand that goes on pressing leaves the solver a velocity
-        return dict(success=(self.opening < self.goal) & (self._rests() | shut), opening=self.opening)
+        return dict(success=(self.opening < self.goal) & (self._rests() | shut))
 
     def potential(self):
         """0 .. 0.75: nearness of the TCP to the front of the handle (a third), how far the drawer is shut (the rest)."""
@@ -1019,7 +1019,8 @@ def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Litera
                 row += [env.render_rgb_array()[0].cpu().numpy(), np.asarray(small.resize((256, 256), Image.NEAREST))]
         rows.append(np.concatenate(row, 1))
     out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(out)
+    Image.fromarray(np.concatenate(rows)).save(temporary := out.with_name(f".{out.name}"))
+    os.replace(temporary, out)
     print(f"{out}: {', '.join(TASKS)} in the twin and the stand-in, each picture beside what the policy sees of it")
 
 

@@ -601,7 +601,9 @@ def evaluate_franka(policies: dict, args: Args):
     saved["weights"] |= weights
     todo = [(seed, name) for seed in seeds for name in policies
             if not any((t["seed"], t["policy"]) == (seed, name) for t in saved["trials"])]
-    if todo and saved["trials"]:
+    if args.dry_run:
+        todo = [(seeds[0], name) for name in policies]
+    elif todo and saved["trials"]:
         print(f"{path}: {len(saved['trials'])} trials are done, {len(todo)} to go")
 
     def results():

@@ -113,6 +113,9 @@ def cat_obs(batches: list[dict]) -> dict:
 def normalize(x: torch.Tensor, stats: dict, eps: float = 1e-6) -> torch.Tensor:
     """[...,D] physical -> [-1,1] between q01 and q99, not clipped (openpi); a dimension with zero range gives 0."""
     low, high = x.new_tensor(stats["q01"]), x.new_tensor(stats["q99"])
+    if len(low) != x.shape[-1]:
+        raise ValueError(f"the policy's statistics are of {len(low)} dimensions, the data has {x.shape[-1]}: fine-tune it "
+                         f"on this robot's demonstrations first (train_sft.py)")
     return torch.where(high > low, (x - low) / (high - low + eps) * 2 - 1, 0)
 
 
@@ -271,7 +274,7 @@ class Policy(nn.Module):
     def sha256(self) -> str:
         """Of the weights in the folder that it was loaded from."""
         total = hashlib.sha256()
-        for path in sorted(self.source.glob("*.safetensors")) if self.source else ():
+        for path in weight_files(self.source) if self.source else ():
             with open(path, "rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
@@ -936,10 +939,12 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
                 **overrides) -> Policy:
     """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
     RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content. `stats` replaces the statistics found there; `dtype`
-    converts on load, heads and Gemma's norms excepted (None keeps the file's); `overrides` replace settings of its
+    converts on load, but for what trains badly in bfloat16 (FLOAT32; None keeps the file's); `overrides` replace settings of its
     config (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics). FileNotFoundError or
     ValueError say in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
     if preset := str(name) in PRESETS:
+        if Path(name).is_dir():
+            raise ValueError(f"{name} is a preset and a folder here: ./{name} is the folder; rename it for the preset")
         config, tokenizer = PRESETS[str(name)], small_tokenizer()
     else:
         folder = Path(name)
@@ -1015,11 +1020,15 @@ def by_layer(keys: list[str]) -> str:
     return ", ".join(short(n).join(parts) for parts, n in layers.items())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    files = [f for f in sorted(folder.glob("*.safetensors")) if "processor" not in f.name]
+    return files or sorted(folder.glob("**/full_weights.pt"))  # .pt: RLinf's trainer
+
+
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a folder, mapped from disk, under our names."""
-    files = [f for f in sorted(folder.glob("*.safetensors")) if "processor" not in f.name]
     tensors = {}
-    for file in files or sorted(folder.glob("**/full_weights.pt")):  # .pt: RLinf's trainer
+    for file in weight_files(folder):
         tensors |= read_file(file)
     if not tensors:
         raise FileNotFoundError(f"{folder} has no *.safetensors file: it is no checkpoint")

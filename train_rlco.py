@@ -8,6 +8,7 @@
 Progress is in OUT/tensorboard and OUT/metrics.json, the curve in OUT/learning_curve.png, checkpoints in OUT/best and
 OUT/last. The same command again resumes a killed run at the iteration that it was in.
 """
+import io
 import json
 import math
 import time
@@ -59,8 +60,8 @@ class Args:
     accumulate: int = 1
     """backward passes in a gradient step: more of them need less memory"""
     bf16: bool = False
-    """weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA and Gemma's norms; what trains of them is
-    updated in float32 copies"""
+    """weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and action
+    projections; what trains of them is updated in float32 copies"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
     lr: float = 2e-5
@@ -152,7 +153,8 @@ def plot(panels, path, ylabel="success (%)", xlabel="RL iteration"):
         axis.set(title=title, xlabel=xlabel)
         axis.grid(alpha=0.3), axis.legend()
     axes[0, 0].set(ylabel=ylabel, ylim=(0, None))
-    figure.savefig(path, dpi=150), plt.close(figure)
+    figure.savefig(picture := io.BytesIO(), dpi=150), plt.close(figure)
+    write_file(Path(path), picture.getvalue())
 
 
 def plot_run(metrics, target, path):
@@ -165,8 +167,10 @@ def plot_run(metrics, target, path):
 def main(args: Args):
     if args.policy == Args.policy and not Path(args.policy).exists():
         raise FileNotFoundError(f"{args.policy}: no stage I checkpoint; `python train_sft.py` makes it")
-    if min(args.iterations, args.accumulate, args.eval_every) < 1:
-        raise ValueError("--iterations, --accumulate and --eval-every are at least 1")
+    at_least_1 = ("iterations", "num_envs", "update_epochs", "minibatch_size", "anchor_batch_size", "accumulate",
+                  "eval_every", "eval_episodes", "eval_envs")
+    if low := [name for name in at_least_1 if getattr(args, name) < 1]:
+        raise ValueError(f"{', '.join(low)}: at least 1")
     if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
         raise ValueError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
     demos = Path(f"demos/{args.task}-{args.target}")
@@ -334,7 +338,7 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"train_rlco.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command resumes") from None

@@ -56,8 +56,8 @@ class Args:
     accumulate: int = 1
     """backward passes in a gradient step: more of them need less memory"""
     bf16: bool = False
-    """weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA and Gemma's norms; what trains of them is
-    updated in float32 copies"""
+    """weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and action
+    projections; what trains of them is updated in float32 copies"""
     gradient_checkpointing: bool = False
     """compute activations twice instead of keeping them"""
     lr: float = 1e-3
@@ -80,8 +80,9 @@ class Args:
 
 
 def main(args: Args):
-    if min(args.steps, args.batch_size, args.accumulate, args.evaluations) < 1:
-        raise ValueError("--steps, --batch-size, --accumulate and --evaluations are at least 1")
+    at_least_1 = "steps", "batch_size", "accumulate", "evaluations", "eval_episodes", "num_envs"
+    if low := [name for name in at_least_1 if getattr(args, name) < 1]:
+        raise ValueError(f"{', '.join(low)}: at least 1")
     demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"),
                  real=args.real or Path(f"demos/{args.task}-{args.target}"),
                  val=args.real_val or Path(f"demos/{args.task}-{args.target}-val"))
@@ -136,7 +137,7 @@ def main(args: Args):
     if args.wandb:
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
-    writer = SummaryWriter(args.out / "tensorboard", purge_step=step or None)
+    writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1 if step else None)  # what was logged at `step` stays
     writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
     twin, target = (envs.VecEnv(args.task, domain, args.num_envs) for domain in (envs.TWIN, envs.domain(args.target)))
     eval_every = math.ceil(args.steps / args.evaluations)
@@ -193,7 +194,7 @@ def main(args: Args):
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"train_sft.py: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command resumes") from None

@@ -153,9 +153,9 @@ def run(cells, jobs):
                 if process.returncode:
                     failed.add(cell.out)
                 elif cell.script != "eval_real.py":
+                    if (metrics := Path(cell.out, "metrics.json")).exists():  # of stage II, for the figures
+                        write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
                     cell.done.touch()
-                elif (metrics := Path(cell.start.out, "metrics.json")).exists():  # of stage II, for the figures
-                    write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
         time.sleep(1)
     return sorted(failed) + sorted(todo)
 
@@ -277,14 +277,14 @@ def report():
                 for task in TASKS for variation in VARIATIONS if (f"{task}-{policy}-rlco", variation) in success]
         if rows:
             text.append(f"## Unseen variations, {label}: stand-in\n\n" + table(["", *PARADIGMS.values()], rows))
-    Path("results/README.md").write_text("\n".join(text))
+    write_file(Path("results/README.md"), "\n".join(text).encode())
 
 
 if __name__ == "__main__":
     os.chdir(ROOT)
     args = tyro.cli(Args)
     cells = [cell for seed in args.seeds for section, cell in experiment(seed) if section.startswith(args.only)]
-    failed = run(cells, args.jobs)
+    failed = run(cells, max(1, args.jobs))
     report()
     if failed:
         raise SystemExit(f"not done: {', '.join(failed)}; see the logs in runs/experiment")

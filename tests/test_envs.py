@@ -72,9 +72,9 @@ def test_chunked_stepping_equals_single_stepping(pair):
             torch.testing.assert_close(reward, sum(step[1] for step in alone), atol=1e-6, rtol=0)
             assert not terminated and not truncated
             torch.testing.assert_close(chunked.get_state(), single.get_state(), atol=0, rtol=0)
-        # single.step rendered, and drew noise, at every step; the pictures differ by the noise alone
+        # single.step rendered, and drew noise, at every step; the pictures differ by the noise alone: 2 / sqrt(pi) of it
         a, b = (env.observe() for env in pair)
-        assert (a["image"].float() - b["image"].float()).abs().mean() < 2 * envs.STANDIN.image_noise
+        assert (a["image"].float() - b["image"].float()).abs().mean() < 1.2 * envs.STANDIN.image_noise
         torch.testing.assert_close(a["state"], b["state"])
 
 

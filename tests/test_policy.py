@@ -352,6 +352,10 @@ def test_sft_loss_ignores_steps_past_the_end(name):
     losses = policy.sft_loss(batch, reduce=False)
     torch.manual_seed(1)
     assert policy.sft_loss(batch).item() == pytest.approx(losses.mean().item(), rel=1e-5)
+    full = {**batch, "action_is_pad": torch.zeros_like(batch["action_is_pad"])}
+    torch.manual_seed(1)
+    counts = policy.sft_loss(full, reduce=False) != losses
+    assert counts.tolist() == batch["action_is_pad"].any(1).tolist() and counts.any()
     other = {**batch, "action": torch.where(batch["action_is_pad"][..., None], 0.03, batch["action"])}
     if name == "tiny-openvla":  # causal: what comes after the end cannot reach what is scored
         torch.testing.assert_close(policy.sft_loss(other, reduce=False), losses)
@@ -568,6 +572,12 @@ def test_published_configs(tmp_path):
     (tmp_path / "heads.safetensors").unlink(), (tmp_path / "stats.json").unlink()
     assert same(P.load_policy(tmp_path).state_dict(), policy.state_dict())
     assert P.load_policy(tmp_path).stats["action"]["q01"] == policy.stats["action"]["q01"]  # from assets/
+    safetensors = P.load_policy(tmp_path).sha256()
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "full_weights.pt")  # its trainer's own file
+    (tmp_path / "model.safetensors").unlink()
+    loaded = P.load_policy(tmp_path)
+    assert same(loaded.state_dict(), policy.state_dict())
+    assert loaded.sha256() not in (safetensors, P.load_policy("tiny-pi05").sha256())
     policy.save(tmp_path / "out", layout="openpi")
     (tmp_path / "out/heads.safetensors").unlink()
     torch.manual_seed(5)
@@ -685,7 +695,7 @@ def test_another_models_tokenizer_is_refused(name, tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
-def test_clear_errors(tmp_path):
+def test_clear_errors(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no preset .*tiny-pi05.* and no folder"):
         P.load_policy(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="no \\*.safetensors"):
@@ -698,7 +708,14 @@ def test_clear_errors(tmp_path):
         P.load_policy("tiny-pi05").sft_loss(make_batch(make("tiny-pi05"), MIXED))
     with pytest.raises(ValueError, match="openpi or lerobot, not as openvla"):
         make("tiny-pi05").save(tmp_path / "x", layout="openvla")
+    monkeypatch.chdir(tmp_path)
+    Path("tiny-pi05").mkdir()
+    with pytest.raises(ValueError, match="a preset and a folder"):
+        P.load_policy("tiny-pi05")
+    Path("tiny-pi05").rmdir()
     policy = make("tiny-pi05")
+    with pytest.raises(ValueError, match="of 7 dimensions, the data has 8"):
+        policy.sft_loss({**make_batch(policy, MIXED), "state": torch.zeros(3, 8)})
     policy.save(tmp_path / "ok")
     tensors = load_file(tmp_path / "ok/model.safetensors")
     tensors["action_in_proj.bias"] = torch.zeros(3)

@@ -212,8 +212,8 @@ def test_the_readmes_lines_for_maniskills_sim2realenv_run(checkpoint, tmp_path, 
     exec(compile(code, "README.md", "exec"), {})
     assert len(commands) == 57 and commands[-1] == "stop" and len(spy.seen) == 14
     assert (real.agent.robot.get_qpos() - before).abs().max() > 0.02
-    for image, state, truth in spy.seen:  # the noise of the stand-in's camera is drawn anew for every picture
-        assert (image.float() - truth["image"].float()).abs().mean() < 12
+    for image, state, truth in spy.seen:  # only the noise of the stand-in's camera is drawn anew for every picture
+        assert (image.float() - truth["image"].float()).abs().mean() < 1.2 * envs.STANDIN.image_noise
         np.testing.assert_allclose(state, truth["state"], atol=1e-3)
 
 
@@ -701,7 +701,7 @@ def test_dry_run_moves_nothing(simulator, stream, checkpoint, tmp_path):
     before = franka.Robot(simulator.ip).read_once().q
     args = franka_args(tmp_path, checkpoint, simulator, stream, dry_run=True)
     operator = Here(lambda operator: None).run(eval_real.main, args)
-    assert operator.said.count("target ") == 5 * load_policy(checkpoint).chunk, operator.said
+    assert operator.said.count("target ") == load_policy(checkpoint).chunk, operator.said
     np.testing.assert_allclose(franka.Robot(simulator.ip).read_once().q, before, atol=1e-4)
     assert not (tmp_path / "runs/franka.json").exists()
 
