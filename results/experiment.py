@@ -118,6 +118,8 @@ def experiment(seed):
         yield "real_demos", evaluation(stage1("open_drawer", *of, f"real-real{n}", f"--alpha 0 {few}"))
         yield from (("real_demos", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-real{n}", few)))
 
+    for task in TASKS:
+        yield f"longer-{task}", evaluation(stage1(task, *of, "sft-steps3000", "--steps 3000"))
     for (task, policy), runs in main.items():
         yield from ((f"unseen-{task}-{policy}", evaluation(run, variation)) for variation in VARIATIONS for run in runs)
 
@@ -270,6 +272,13 @@ def report():
                        for label, column in entries.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
             text.append(f"## {title}: stand-in\n\n" + table([x, *entries], [
                 [at, *map(rate, row)] for at, *row in zip(runs, *entries.values())]) + f"\n![]({name}.png)\n")
+
+    columns = {"sft": "stage I, 1000 steps", "sft-steps3000": "stage I, 3000 steps", "rlco": "RL-Co after 1000 steps"}
+    runs = {task: [f"{task}-tiny-pi05-{name}" for name in columns] for task in TASKS
+            if (f"{task}-tiny-pi05-sft-steps3000", None) in success}
+    for domain in ("standin", "twin") if runs else ():
+        text.append(f"## Stage I three times as long, π0.5: {domain}\n\n" + table(
+            ["", *columns.values()], [[task, *rates(names, domain)] for task, names in runs.items()]))
 
     for policy, label in POLICIES.items():
         rows = [[f"{task}, unseen {variation}",
