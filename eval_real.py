@@ -130,8 +130,8 @@ def main(args: Args):
     envs.check_task(args.task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     targets = (*envs.DOMAINS, "franka", "align", "server")
-    if args.target not in targets or args.episodes < 1 or args.trials < 1:
-        raise ValueError(f"--target is one of {', '.join(targets)}; --episodes and --trials are at least 1")
+    if args.target not in targets or min(args.episodes, args.num_envs, args.trials) < 1:
+        raise ValueError(f"--target is one of {', '.join(targets)}; --episodes, --num-envs and --trials are at least 1")
     if args.target == "align":
         return align(args)
     if missing := [p for p in args.policies if p in Args.policies and not Path(p).exists()]:

@@ -939,9 +939,10 @@ def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype 
                 **overrides) -> Policy:
     """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
     RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content. `stats` replaces the statistics found there; `dtype`
-    converts on load, but for what trains badly in bfloat16 (FLOAT32; None keeps the file's); `overrides` replace settings of its
-    config (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics). FileNotFoundError or
-    ValueError say in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
+    converts on load, but for what trains badly in bfloat16 (FLOAT32; None keeps the file's); `overrides` replace
+    settings of its config (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics).
+    FileNotFoundError or ValueError say in one line what is wrong, naming every key that is missing, unexpected or of
+    another shape."""
     if preset := str(name) in PRESETS:
         if Path(name).is_dir():
             raise ValueError(f"{name} is a preset and a folder here: ./{name} is the folder; rename it for the preset")
@@ -1021,6 +1022,7 @@ def by_layer(keys: list[str]) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold weights; none if it is no checkpoint."""
     files = [f for f in sorted(folder.glob("*.safetensors")) if "processor" not in f.name]
     return files or sorted(folder.glob("**/full_weights.pt"))  # .pt: RLinf's trainer
 

@@ -137,7 +137,8 @@ def main(args: Args):
     if args.wandb:
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
-    writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1 if step else None)  # what was logged at `step` stays
+    # what was logged at `step` stays: the step was finished
+    writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1 if step else None)
     writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
     twin, target = (envs.VecEnv(args.task, domain, args.num_envs) for domain in (envs.TWIN, envs.domain(args.target)))
     eval_every = math.ceil(args.steps / args.evaluations)

@@ -119,7 +119,9 @@ def experiment(seed):
         yield from (("real_demos", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-real{n}", few)))
 
     for task in TASKS:
-        yield f"longer-{task}", evaluation(stage1(task, *of, "sft-steps3000", "--steps 3000"))
+        start = stage1(task, *of, "sft-steps3000", "--steps 3000")
+        runs = start, stage2(start, *of, "rlco-steps3000"), stage1(task, *of, "real-steps3000", "--alpha 0 --steps 3000")
+        yield from ((f"longer-{task}", evaluation(run)) for run in runs)
     for (task, policy), runs in main.items():
         yield from ((f"unseen-{task}-{policy}", evaluation(run, variation)) for variation in VARIATIONS for run in runs)
 

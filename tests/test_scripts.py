@@ -75,9 +75,11 @@ def test_a_second_run_reuses_and_a_killed_one_resumes(folder):
     assert "resuming at iteration 2" in output
     metrics = json.loads((folder / "runs/rlco/metrics.json").read_text())
     assert [m["iteration"] for m in metrics] == [0, 1, 2, 3] and "loss/ppo" in metrics[2]
+    before = (folder / "runs/rlco/trainer.pt").read_bytes()
     assert "another beta" in run(folder, *STAGE_2, "--iterations", "4", "--beta", "0.9", ok=False)
     output = run(folder, *STAGE_2, "--iterations", "9", "--target-kl", "-1", "--out", "runs/stopped", ok=False)
     assert "--target-kl" in output and not (folder / "runs/stopped/trainer.pt").exists()
+    assert (folder / "runs/rlco/trainer.pt").read_bytes() == before
 
 
 def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypatch):
@@ -96,8 +98,8 @@ def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypa
             with nullcontext() if validate is not killed else pytest.raises(KeyboardInterrupt):
                 train_sft.main(args)
     assert Path("straight/last/model.safetensors").read_bytes() == Path("resumed/last/model.safetensors").read_bytes()
-    straight, resumed = ([(e.step, e.value) for e in EventAccumulator(f"{name}/tensorboard").Reload().Scalars("loss/total")]
-                         for name in ("straight", "resumed"))
+    curves = (EventAccumulator(f"{name}/tensorboard").Reload().Scalars("loss/total") for name in ("straight", "resumed"))
+    straight, resumed = ([(e.step, e.value) for e in curve] for curve in curves)
     assert straight == resumed and len(straight) == 5  # the curve has no gap where it was killed
 
 
