@@ -530,22 +530,23 @@ def _demonstrate_block(task, domain, seeds):
 
 def _demonstrate(task, domain, num, first_seed, pool):
     """Yield `num` successful demonstrations in the order of their seeds, whichever worker is first."""
-    failures, pending, starts = 0, deque(), itertools.count(first_seed, SEEDS_PER_BLOCK)
+    kept, failures, pending, starts = 0, 0, deque(), itertools.count(first_seed, SEEDS_PER_BLOCK)
     with tqdm(total=num, desc=f"{task}, {domain.name}", unit="episode") as bar:
         try:
-            while bar.n < num:
-                while len(pending) < min(2 * len(os.sched_getaffinity(0)), math.ceil((num - bar.n) / SEEDS_PER_BLOCK)):
+            while kept < num:
+                while len(pending) < min(2 * len(os.sched_getaffinity(0)), math.ceil((num - kept) / SEEDS_PER_BLOCK)):
                     seeds = range(start := next(starts), start + SEEDS_PER_BLOCK)
                     pending.append(pool.submit(_demonstrate_block, task, domain, seeds))
                 for episode in pending.popleft().result():
                     if not episode["success"]:
                         failures += 1
                         bar.set_postfix(failed=failures)
-                    elif bar.n < num:
+                    elif kept < num:
+                        kept += 1
                         bar.update()
                         yield episode
                 if failures > num + 20:
-                    raise ValueError(f"the expert of {task} failed in {failures} of {failures + bar.n} episodes in the "
+                    raise ValueError(f"the expert of {task} failed in {failures} of {failures + kept} episodes in the "
                                      f"domain {domain.name}; `python envs.py expert` measures it")
         finally:
             for block in pending:
@@ -553,19 +554,20 @@ def _demonstrate(task, domain, num, first_seed, pool):
 
 
 def collect(task, domain, num, out, first_seed, pool, video=False):
-    """Collect `num` successful scripted demonstrations of `task` in `domain` (an envs.Domain) into the dataset `out`.
+    """Collect `num` successful scripted demonstrations of `task` in `domain` (an envs.Domain) into the dataset `out`
+    -> their lengths in control steps [num].
 
     Seeds count up from `first_seed`; failed episodes are dropped, and counted in the progress bar. A dataset that is
     there already is kept: ValueError if it has another number of episodes. `pool` is a `simulators(workers)`.
     """
     import envs
 
-    if Path(out).exists():
-        found = len(load_dataset(out, max_bytes=0).bounds) - 1
-        if found != num:
-            raise ValueError(f"{out} has {found} episodes, not {num}: ask for {found}, or delete it to collect anew")
-        return
-    write_dataset(out, _demonstrate(task, domain, num, first_seed, pool), envs.CONTROL_HZ, video)
+    if not Path(out).exists():
+        write_dataset(out, _demonstrate(task, domain, num, first_seed, pool), envs.CONTROL_HZ, video)
+    lengths = np.diff(load_dataset(out, max_bytes=0).bounds)
+    if (found := len(lengths)) != num:
+        raise ValueError(f"{out} has {found} episodes, not {num}: ask for {found}, or delete it to collect anew")
+    return lengths
 
 
 def simulators(workers):
@@ -575,42 +577,41 @@ def simulators(workers):
 
 @dataclass
 class Args:
-    """Collect scripted demonstrations into <out>/<task>-twin, <out>/<task>-standin and <out>/<task>-standin-val.
+    """Collect scripted demonstrations into OUT/TASK-twin, OUT/TASK-TARGET and OUT/TASK-TARGET-val.
 
-    The twin's are D_sim. The stand-in's are D_real where there is no robot; those for validation are held out from
+    The twin's are D_sim. The target's are D_real where there is no robot; those for validation are held out from
     training, to measure the imitation loss on real demonstrations. A dataset that exists is kept as it is.
     `python data.py record --help` is about demonstrations on a real arm.
     """
 
     task: str = "push_cube"
-    """Which task of envs.py."""
+    """a task of envs.py"""
     target: str = "standin"
-    """The domain of envs.py that plays the robot."""
+    """the domain of envs.py that plays the robot"""
     num_twin: int = 500
-    """Demonstrations in the twin. More of them make stage I better, and leave less for RL to do."""
+    """demonstrations in the twin; more of them make stage I better, and leave less for RL to do"""
     num_real: int = 50
-    """Demonstrations in the target: the "real" ones."""
+    """demonstrations in the target: the "real" ones"""
     num_val: int = 20
-    """Held-out demonstrations in the target, for validation."""
+    """held-out demonstrations in the target, for validation"""
     out: Path = Path("demos")
-    """Folder of the datasets."""
+    """folder of the datasets"""
     workers: int = len(os.sched_getaffinity(0))
-    """Simulator processes, about half a GB of memory each."""
+    """simulator processes, about half a GB of memory each"""
     video: bool = False
-    """Store the frames as H.264 video, several times smaller and slightly lossy, instead of as PNG columns."""
+    """store the frames as H.264 video, several times smaller and slightly lossy, instead of as PNG columns"""
 
 
 def main(args: Args):
     import envs
 
-    target = envs.domain(args.target)
+    target = envs.target_domain(args.target)
     with simulators(args.workers) as pool:
         for name, domain, seeds, num in (("twin", envs.TWIN, "twin_demos", args.num_twin),
                                          (target.name, target, "real_demos", args.num_real),
                                          (f"{target.name}-val", target, "real_val", args.num_val)):
             out = args.out / f"{args.task}-{name}"
-            collect(args.task, domain, num, out, envs.SEEDS[seeds], pool, args.video)
-            lengths = np.diff(load_dataset(out, max_bytes=0).bounds)
+            lengths = collect(args.task, domain, num, out, envs.SEEDS[seeds], pool, args.video)
             print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
 
 

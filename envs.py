@@ -17,6 +17,7 @@ import time
 import traceback
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -102,9 +103,10 @@ STRONG = replace(
 DOMAINS = {d.name: d for d in (TWIN, STANDIN, MILD, STRONG)}
 
 
-def domain(name: str) -> Domain:
-    if name not in DOMAINS:
-        raise SystemExit(f"no domain '{name}': choose one of {', '.join(DOMAINS)} (envs.DOMAINS)")
+def target_domain(name: str) -> Domain:
+    """The domain that plays the robot; SystemExit if there is none of that name, or it is the twin."""
+    if name not in (targets := [d for d in DOMAINS if d != TWIN.name]):
+        raise SystemExit(f"no domain '{name}' can play the robot: choose one of {', '.join(targets)} (envs.DOMAINS)")
     return DOMAINS[name]
 
 
@@ -1026,21 +1028,20 @@ def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Litera
 
 def expert(episodes: int = 200, workers: int = len(os.sched_getaffinity(0))):
     """Success and length of the scripted experts in every domain, on seeds of their own."""
+    from data import simulators
     seeds = range(SEEDS["validation"] + 500_000, SEEDS["validation"] + 500_000 + episodes)
-    with mp.get_context("spawn").Pool(workers) as pool:
+    with simulators(workers) as pool:
         for task in TASKS:
             for domain in DOMAINS.values():
-                played = pool.starmap(_expert_episode, [(task, domain, seed) for seed in seeds], chunksize=8)
-                length = np.array([steps for success, steps in played if success])
-                print(f"{task}, {domain.name}: {len(length)} of {episodes} succeed; control steps: median "
-                      f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit "
-                      f"{TASKS[task].max_episode_steps}")
+                play = partial(_expert_episode, task, domain, limit := TASKS[task].max_episode_steps)
+                success, length = zip(*pool.map(play, seeds, chunksize=8))
+                print(f"{task}, {domain.name}: {sum(success)} of {episodes} succeed; control steps: median "
+                      f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {limit}")
 
 
-def _expert_episode(task, domain, seed):
-    torch.set_num_threads(1)
+def _expert_episode(task, domain, limit, seed):
     episode = demonstrate(task, domain, seed)
-    return episode["success"], len(episode["action"])
+    return episode["success"], len(episode["action"]) if episode["success"] else limit
 
 
 def _stock(seconds, ready, count):

@@ -216,9 +216,9 @@ def main(args: Args):
     if args.wandb:
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
-    writer = SummaryWriter(args.out / "tensorboard", purge_step=start or None)
+    writer = SummaryWriter(args.out / "tensorboard", purge_step=start)
     twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs)
-    target = envs.VecEnv(args.task, envs.domain(args.target), args.eval_envs)
+    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs)
     decisions = -(-twin.max_episode_steps // policy.chunk)  # a rollout: the longest episode
     print(f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "
           f"{sum(p.numel() for p in critic):,} of the critic train on {device}; {args.num_envs} x {decisions} "
@@ -324,10 +324,11 @@ def main(args: Args):
             for key, value in entry.items():
                 writer.add_scalar(key, value, entry["iteration"])
         policy.save(args.out / "last")
+        writer.flush()
+        write_file(args.out / "metrics.json", metrics)
         write_file(state_file, dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
                                     policy=policy.state_dict(), optimizer=optimizer.state_dict(),
                                     rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]))
-        write_file(args.out / "metrics.json", metrics)
 
     plot_run(metrics, args.target, args.out / "learning_curve.png")
     writer.close(), twin.close(), target.close()

@@ -138,10 +138,10 @@ def main(args: Args):
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     # what was logged at `step` stays: the step was finished
-    writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1 if step else None)
+    writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1)
     writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
-    twin, target = (envs.VecEnv(args.task, domain, args.num_envs) for domain in (envs.TWIN, envs.domain(args.target)))
-    eval_every = math.ceil(args.steps / args.evaluations)
+    twin, target = (envs.VecEnv(args.task, domain, args.num_envs)
+                    for domain in (envs.TWIN, envs.target_domain(args.target)))
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, args.steps), num_workers=workers,
@@ -174,7 +174,7 @@ def main(args: Args):
             writer.add_scalar("charts/learning_rate", scheduler.get_last_lr()[0], step)
             bar.set_postfix(loss=f"{loss.mean().item():.3f}")
 
-        if step % eval_every == 0 or step == args.steps:
+        if step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
             log = envs.validate(policy, {"twin": twin, args.target: target}, args.eval_episodes, held_out,
                                 args.out / f"videos/step_{step}.mp4")
             for key, value in log.items():
@@ -184,6 +184,7 @@ def main(args: Args):
                 policy.save(args.out / "best")
         if step % 100 == 0 or step == args.steps:
             policy.save(args.out / "last")
+            writer.flush()
             write_file(state_file, dict(args=settings, step=step, best=best, policy=policy.state_dict(),
                                         optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
                                         rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]))

@@ -11,6 +11,7 @@ stand in this file.
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -95,8 +96,8 @@ def experiment(seed):
             main[task, policy] = [stage1(task, policy, seed, "real", "--alpha 0"), sft, stage2(sft, policy, seed)]
             yield from ((f"main-{task}-{policy}", evaluation(run)) for run in main[task, policy])
 
-    of = policy, seed = "tiny-pi05", seed
-    real, sft, rlco = main["push_cube", policy]
+    of = "tiny-pi05", seed
+    real, sft, rlco = main["push_cube", "tiny-pi05"]
     for beta in BETAS:
         if beta != 0.2:
             yield "forgetting", evaluation(stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}"))
@@ -142,32 +143,36 @@ def run(cells, jobs):
         subprocess.run([sys.executable, "data.py", "--task", task, "--target", target], check=True)
     Path("runs/experiment").mkdir(parents=True, exist_ok=True)
     ready = lambda cell: cell.start is None or cell.start.done.exists()
-    while running or any(map(ready, todo.values())):  # what else is left needs what has failed
-        for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
-            del todo[cell.out]
-            with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
-                running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
-                                                 env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
-            print(f"{time.strftime('%H:%M')} begins {cell.out} ({len(todo)} to come)", flush=True)
-        for cell, (process, began) in list(running.items()):
-            if process.poll() is not None:
-                del running[cell]
-                print(f"{time.strftime('%H:%M')} {'ended' if process.returncode == 0 else 'FAILED'} {cell.out} after "
-                      f"{(time.time() - began) / 60:.0f} min", flush=True)
-                if process.returncode:
-                    failed.add(cell.out)
-                elif cell.script != "eval_real.py":
-                    if (metrics := Path(cell.out, "metrics.json")).exists():  # of stage II, for the figures
-                        write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
-                    cell.done.touch()
-        time.sleep(1)
+    try:
+        while running or any(map(ready, todo.values())):  # what else is left needs what has failed
+            for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
+                del todo[cell.out]
+                with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
+                    running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
+                                                     env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
+                print(f"{time.strftime('%H:%M')} begins {cell.out} ({len(todo)} to come)", flush=True)
+            for cell, (process, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[cell]
+                    print(f"{time.strftime('%H:%M')} {'ended' if process.returncode == 0 else 'FAILED'} {cell.out} after "
+                          f"{(time.time() - began) / 60:.0f} min", flush=True)
+                    if process.returncode:
+                        failed.add(cell.out)
+                    elif cell.script != "eval_real.py":
+                        if (metrics := Path(cell.out, "metrics.json")).exists():  # of stage II, for the figures
+                            write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
+                        cell.done.touch()
+            time.sleep(1)
+    finally:  # left alone they would go on, beside the same cells of the next call
+        for process, _ in running.values():
+            process.terminate()
     return sorted(failed) + sorted(todo)
 
 
 # --------------------------------------------------------------------------------------------------- tables and figures
 def collected():
     """{(TASK-POLICY-NAME, variation or None): {domain: {training seed: (successes, episodes)}}}, and
-    {TASK-POLICY-NAME: [stage II's metrics of each training seed]}."""
+    {TASK-POLICY-NAME: {training seed: stage II's metrics}}."""
     success, metrics = {}, {}
     for path in sorted(Path("results/raw").glob("*/results.json")):
         content = json.loads(path.read_text())
@@ -176,8 +181,14 @@ def collected():
             entry = success.setdefault((run, content["args"]["variation"]), {}).setdefault(r["domain"], {})
             entry[int(seed)] = r["successes"], r["episodes"]
         if (file := path.with_name("metrics.json")).exists():
-            metrics.setdefault(run, []).append(json.loads(file.read_text()))
+            metrics.setdefault(run, {})[int(seed)] = json.loads(file.read_text())
     return success, metrics
+
+
+def shared(entries):
+    """Dicts by training seed, cut to the seeds that all of them have which are not empty: like is compared with like."""
+    seeds = set.intersection(*(set(entry) for entry in entries if entry)) if any(entries) else set()
+    return [{seed: entry[seed] for seed in entry if seed in seeds} for entry in entries]
 
 
 def rate(entry):
@@ -208,30 +219,30 @@ def report():
             "table, with 95 % Wilson intervals over the episodes of all training seeds together (each seed's own rate in "
             "brackets, where there are several): they say what these checkpoints do, not what another training seed "
             "would. **The stand-in is a second simulated domain, not a real robot.** "
-            "Checkpoints are the best on validation seeds in the twin. A curve over a setting has the training seeds "
-            "that all its points have.\n"]
+            "Checkpoints are the best on validation seeds in the twin. What is compared has the same training seeds: "
+            "those that all cells have.\n"]
 
     def rates(runs, domain, variation=None):
-        return [rate(success.get((run, variation), {}).get(domain)) for run in runs]
-
-    def curves(runs, key, scale=1.0):
-        return {label: [curve(m, key, scale) for m in metrics[run]] for run, label in runs.items() if run in metrics}
+        return map(rate, shared([success.get((run, variation), {}).get(domain, {}) for run in runs]))
 
     def rl_section(title, name, start, runs, target="standin"):
         """Success and the imitation loss on held-out real demonstrations, before RL (the run `start`) and of the
         checkpoints that are evaluated."""
         prefix = "push_cube-tiny-pi05-"
         runs = {prefix + run: label for run, label in runs.items() if prefix + run in metrics}
+        logs = {label: [*m.values()] for label, m in zip(runs.values(), shared([metrics[run] for run in runs]))}
         if len(runs) > 1:
-            plot({f"{target}, success (%)": curves(runs, f"eval/success_{target}", 100),
-                  "twin, success (%)": curves(runs, "eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
-            plot({"": curves(runs, "eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
+            curves = lambda key, scale=1.0: {label: [curve(m, key, scale) for m in ms] for label, ms in logs.items()}
+            plot({f"{target}, success (%)": curves(f"eval/success_{target}", 100),
+                  "twin, success (%)": curves("eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
+            plot({"": curves("eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
             best = lambda m: max(curve(m, "eval/success_twin"), key=lambda point: point[::-1])[0]  # of equals the later
-            loss = lambda run, at: np.mean([dict(curve(m, "eval/real_loss"))[at(m)] for m in metrics[run]])
-            both = lambda run: [*rates([run], "twin"), *rates([run], target)]
-            rows = [["before RL", *both(prefix + start), ""]] if start else []
-            rows += [[label, *both(run), f"{loss(run, lambda m: 0):.3f} → {loss(run, best):.3f}"]
-                     for run, label in runs.items()]
+            loss = lambda ms, at: np.mean([dict(curve(m, "eval/real_loss"))[at(m)] for m in ms])
+            changes = {label: f"{loss(ms, lambda m: 0):.3f} → {loss(ms, best):.3f}" for label, ms in logs.items()}
+            if start:
+                runs, changes = {prefix + start: "before RL", **runs}, {"before RL": "", **changes}
+            rows = [[label, twin, in_target, changes[label]] for label, twin, in_target in zip(
+                runs.values(), rates(runs, "twin"), rates(runs, target))]
             text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 
@@ -247,7 +258,7 @@ def report():
                 rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
             text.append(f"## {label} (`{policy}`): {domain}\n\n" + table(["", *PARADIGMS.values()], rows))
         if tasks:
-            plot({task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in metrics[runs[-1]]]
+            plot({task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in metrics[runs[-1]].values()]
                          for domain in ("twin", "standin")} for task, runs in tasks.items()}, f"results/main-{policy}.png")
             text.append(f"Stage II on validation seeds, from stage I on:\n\n![](main-{policy}.png)\n")
 
@@ -266,16 +277,18 @@ def report():
              {a: f"push_cube-tiny-pi05-{{}}{'' if a == 0.8 else f'-alpha{a}'}" for a in ALPHAS}),
             ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
              {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else ''}" for n in REAL_DEMOS})):
-        entries = {PARADIGMS[p]: [success.get((run.format(p), None), {}).get("standin") for run in runs.values()]
-                   for p in paradigms}
-        if all(all(column) for column in entries.values()):
+        cells = shared([success.get((run.format(p), None), {}).get("standin", {})
+                        for p in paradigms for run in runs.values()])
+        if all(cells):
+            entries = {PARADIGMS[p]: cells[i * len(runs):][:len(runs)] for i, p in enumerate(paradigms)}
             plot({"": {label: [[(at, 100 * np.divide(*entry[seed])) for at, entry in zip(runs, column)]
-                               for seed in sorted(set.intersection(*map(set, column)))]
+                               for seed in column[0]]
                        for label, column in entries.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
             text.append(f"## {title}: stand-in\n\n" + table([x, *entries], [
                 [at, *map(rate, row)] for at, *row in zip(runs, *entries.values())]) + f"\n![]({name}.png)\n")
 
-    columns = {"sft": "stage I, 1000 steps", "sft-steps3000": "stage I, 3000 steps", "rlco": "RL-Co after 1000 steps"}
+    columns = {"sft": "stage I, 1000 steps", "rlco": "RL-Co after it", "sft-steps3000": "stage I, 3000 steps",
+               "rlco-steps3000": "RL-Co after it"}
     runs = {task: [f"{task}-tiny-pi05-{name}" for name in columns] for task in TASKS
             if (f"{task}-tiny-pi05-sft-steps3000", None) in success}
     for domain in ("standin", "twin") if runs else ():
@@ -293,8 +306,11 @@ def report():
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     args = tyro.cli(Args)
     cells = [cell for seed in args.seeds for section, cell in experiment(seed) if section.startswith(args.only)]
+    if not cells and args.only != "none":
+        raise SystemExit(f"no section's name begins with {args.only!r}")
     failed = run(cells, max(1, args.jobs))
     report()
     if failed:

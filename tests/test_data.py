@@ -2,6 +2,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -337,13 +338,15 @@ def test_writing_leaves_what_exists_alone(folder, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------- collection
-def test_collect_keeps_successes_in_seed_order(tmp_path):
-    """Whichever worker is faster and whatever it played before; in a domain where the expert fails now and then."""
+def test_collect_keeps_successes_in_seed_order(tmp_path, monkeypatch):
+    """Whichever worker is faster and whatever it played before; in a domain where the expert fails now and then. A
+    progress bar that is switched off, as TQDM_DISABLE=1 does, counts nothing."""
     import envs
 
+    monkeypatch.setattr(data, "tqdm", partial(data.tqdm, disable=True))
     domain = replace(envs.TWIN, name="slow", action_delay=6)
     with data.simulators(workers=2) as pool:
-        data.collect("push_cube", domain, 6, tmp_path / "demos", first_seed=3, pool=pool)
+        lengths = data.collect("push_cube", domain, 6, tmp_path / "demos", first_seed=3, pool=pool)
         blocks = [pool.submit(data._demonstrate_block, "push_cube", domain, seeds)
                   for seeds in (range(8, 13), range(3, 8))]
         episodes = [e for block in reversed(blocks) for e in block.result() if e["success"]][:6]
@@ -352,6 +355,7 @@ def test_collect_keeps_successes_in_seed_order(tmp_path):
     for key, collected in (("image", demos.frames), ("state", demos.state), ("action", demos.action)):
         np.testing.assert_array_equal(collected, np.concatenate([e[key] for e in episodes]), err_msg=key)
     assert pq.read_table(tmp_path / "demos" / EPISODES_FILE)["seed"].to_pylist() == [e["seed"] for e in episodes]
+    assert list(lengths) == [len(e["action"]) for e in episodes]
     assert demos.fps == envs.CONTROL_HZ and set(demos.prompt) == {episodes[0]["prompt"]}
 
     data.collect("push_cube", domain, 6, tmp_path / "demos", first_seed=3, pool=None)  # there already: kept

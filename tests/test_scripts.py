@@ -7,6 +7,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -83,24 +84,22 @@ def test_a_second_run_reuses_and_a_killed_one_resumes(folder):
 
 
 def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypatch):
-    """Bit for bit: weights, optimizer, schedule, random numbers and batches. Nothing is evaluated, which takes no part."""
+    """Bit for bit: weights, optimizer, schedule, random numbers and batches. Nothing is evaluated, which takes no part.
+    Killed before the first checkpoint (at step 51), it begins anew; after it (at the end, 102), it goes on from 100."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train_sft.envs, "VecEnv", lambda *_: SimpleNamespace(close=lambda: None))
     result = {"eval/success_twin": 0.5}
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    for name, validates in (("straight", [lambda *_: result]), ("resumed", [killed, lambda *_: result])):
-        args = train_sft.Args(steps=102, batch_size=2, evaluations=1, out=Path(name))
-        for validate in validates:
-            monkeypatch.setattr(train_sft.envs, "validate", validate)
-            with nullcontext() if validate is not killed else pytest.raises(KeyboardInterrupt):
-                train_sft.main(args)
+    for name, kills in (("straight", 0), ("resumed", 2)):
+        validations = Mock(side_effect=[KeyboardInterrupt, result, KeyboardInterrupt, result] if kills else [result] * 2)
+        monkeypatch.setattr(train_sft.envs, "validate", validations)
+        for attempt in range(kills + 1):
+            with pytest.raises(KeyboardInterrupt) if attempt < kills else nullcontext():
+                train_sft.main(train_sft.Args(steps=102, batch_size=2, out=Path(name)))
+        assert not list(validations.side_effect)
     assert Path("straight/last/model.safetensors").read_bytes() == Path("resumed/last/model.safetensors").read_bytes()
     curves = (EventAccumulator(f"{name}/tensorboard").Reload().Scalars("loss/total") for name in ("straight", "resumed"))
     straight, resumed = ([(e.step, e.value) for e in curve] for curve in curves)
-    assert straight == resumed and len(straight) == 5  # the curve has no gap where it was killed
+    assert straight == resumed and len(straight) == 5  # the curve has no gap where it was killed, and is there once
 
 
 def test_a_resumed_stage_2_goes_on_with_the_same_random_numbers(folder):
@@ -118,6 +117,7 @@ def test_missing_input_is_one_line_that_says_what_makes_it(folder, tmp_path):
     assert "python data.py" in run(tmp_path, *STAGE_1, "--sim", "nowhere", "--real", "nowhere", "--real-val", "x", ok=False)
     shutil.copytree(folder / "demos", tmp_path / "demos")
     assert "python train_sft.py" in run(tmp_path, *STAGE_2, ok=False)
+    assert "can play the robot" in run(folder, *STAGE_1, "--target", "twin", ok=False)
     assert "eval_episodes: at least 1" in run(folder, *STAGE_2, "--out", "x", "--eval-episodes", "0", ok=False)
     broken = tmp_path / "broken"
     shutil.copytree(folder / "runs/sft/best", broken)
