@@ -392,9 +392,9 @@ class Prefix(NamedTuple):
 class AdaRMSNorm(nn.Module):
     """RMSNorm whose scale, shift and the residual's gate come from the flow time; the gates start open."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int):
         super().__init__()
-        self.eps, self.dense = eps, nn.Linear(width, 3 * width)
+        self.dense = nn.Linear(width, 3 * width)
         nn.init.zeros_(self.dense.weight)
         self.dense.bias.data = torch.cat([torch.zeros(2 * width), torch.ones(width)])
 
@@ -402,14 +402,14 @@ class AdaRMSNorm(nn.Module):
         """x [B,K,H,width], cond [B or 1,K,1,width] -> normed x, gate (float32)"""
         scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype)).float().chunk(3, -1)
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)
         return torch.addcmul(shift, normed, 1 + scale).type_as(x), gate
 
 
 def rope_table(positions: torch.Tensor, cfg: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """positions [B or 1,T] -> cos, sin [B or 1,T,1,head_dim]"""
     half = torch.arange(0, cfg["head_dim"], 2, device=positions.device, dtype=torch.float32)
-    angle = positions[..., None].float() * cfg.get("rope_theta", 1e4) ** (-half / cfg["head_dim"])
+    angle = positions[..., None].float() * 1e4 ** (-half / cfg["head_dim"])
     return tuple(f.repeat(1, 1, 2)[:, :, None] for f in (angle.cos(), angle.sin()))
 
 
@@ -420,14 +420,13 @@ def rotate(x, rope):
 
 def gemma(cfg: dict, ada: bool) -> nn.ModuleDict:
     """A Gemma stack's parameters under transformers' names; its forward is `Pi05.layer`."""
-    eps = cfg.get("rms_norm_eps", 1e-6)
     hf = GemmaConfig(hidden_size=cfg["width"], intermediate_size=cfg["mlp_dim"], num_attention_heads=cfg["num_heads"],
-                     num_key_value_heads=cfg["num_kv_heads"], head_dim=cfg["head_dim"], rms_norm_eps=eps,
+                     num_key_value_heads=cfg["num_kv_heads"], head_dim=cfg["head_dim"],
                      hidden_act=cfg.get("hidden_act", "gelu_pytorch_tanh"))
     layers = nn.ModuleList(GemmaDecoderLayer(hf, i) for i in range(cfg["depth"]))
     for layer in layers if ada else ():
-        layer.input_layernorm, layer.post_attention_layernorm = (AdaRMSNorm(cfg["width"], eps) for _ in range(2))
-    return box(layers=layers, norm=(AdaRMSNorm if ada else GemmaRMSNorm)(cfg["width"], eps))
+        layer.input_layernorm, layer.post_attention_layernorm = (AdaRMSNorm(cfg["width"]) for _ in range(2))
+    return box(layers=layers, norm=(AdaRMSNorm if ada else GemmaRMSNorm)(cfg["width"]))
 
 
 class Pi05(Policy):
@@ -633,14 +632,14 @@ class Pi05(Policy):
         stats = self.stat("action")
         return [i for i, (low, high) in enumerate(zip(stats["q01"], stats["q99"])) if high > low]
 
-    def sampled(self, x: torch.Tensor) -> torch.Tensor:
+    def explored(self, x: torch.Tensor) -> torch.Tensor:
         """The part of [...,H,D] that is executed and moves something; only it is explored and scored."""
         return x[..., : self.chunk, :][..., self.live]
 
     def flow_std(self, feature: torch.Tensor) -> torch.Tensor:
         """The learned exploration std, log-squashed between the bounds of noise_std, in normalised action units."""
         low, high = (math.log(s) for s in self.noise_std)
-        return self.sampled((low + (high - low) * (self.noise_head(feature).tanh() + 1) / 2).exp())
+        return self.explored((low + (high - low) * (self.noise_head(feature).tanh() + 1) / 2).exp())
 
     def chain_logprob(self, chain: torch.Tensor, prefix: Prefix):
         """A denoising chain [B,K+1,H,D] -> log-probability [B], joint over its K+1 Gaussians (the initial noise
@@ -648,8 +647,8 @@ class Pi05(Policy):
         RLinf's joint_logprob)."""
         K = chain.shape[1] - 1
         v, feature = self.velocity(chain[:, :-1], 1 - torch.arange(K, device=chain.device)[None] / K, prefix)
-        mean, std = self.sampled(chain[:, :-1] - v / K), self.flow_std(feature)
-        start, nxt = self.sampled(chain[:, 0]), self.sampled(chain[:, 1:])
+        mean, std = self.explored(chain[:, :-1] - v / K), self.flow_std(feature)
+        start, nxt = self.explored(chain[:, 0]), self.explored(chain[:, 1:])
         logprob = (-((nxt - mean) / std).square() / 2 - std.log()).sum((1, 2, 3)) - start.square().sum((1, 2)) / 2
         dims = (K + 1) * start[0].numel()
         logprob = logprob - dims * math.log(2 * math.pi) / 2

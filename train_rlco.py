@@ -279,15 +279,15 @@ def main(args: Args):
         epochs = (torch.randperm(size).split(args.minibatch_size) for _ in range(args.update_epochs))
         for rows in (rows for epoch in epochs for rows in epoch):
             optimizer.zero_grad()
-            step = []
+            micro_parts = []
             for part, micro in enumerate(rows.chunk(args.accumulate)):
                 minibatch = {k: index_obs(v, micro) if k == "obs" else v[micro] for k, v in rollout.items()}
                 anchored = args.beta and not warming_up
                 real_batch = real_batches[updates * args.accumulate + part] if anchored else None
                 loss, parts = rlco_loss(policy, minibatch, real_batch, args)
                 ((parts["value"] if warming_up else loss) * len(micro) / len(rows)).backward()
-                step.append({k: v.item() for k, v in parts.items()})
-            step = {k: float(np.mean([s[k] for s in step])) for k in step[0]}
+                micro_parts.append({k: v.item() for k, v in parts.items()})
+            step = {k: float(np.mean([m[k] for m in micro_parts])) for k in micro_parts[0]}
             if step["approx_kl"] > args.target_kl:
                 break
             if warming_up:
