@@ -8,7 +8,7 @@ PY := .venv/bin/python
 
 demo: setup
 	@set -x
-	$(PY) train_sft.py
+	$(PY) train_sft.py --steps 1000
 	$(PY) train_rlco.py
 	$(PY) eval_real.py
 

@@ -49,8 +49,8 @@ class Args:
     """share of simulated samples in every batch: 0 is real-only, 1 is sim-only"""
     train: Literal["expert", "lora", "all"] = "all"
     """which weights train: all but those that embed the observation, LoRA, or all"""
-    steps: int = 1000
-    """gradient steps; tiny-openvla wants 2000"""
+    steps: int = 3000
+    """gradient steps; 1000 show what there is to see sooner, tiny-openvla wants 2000"""
     batch_size: int = 128
     """samples in a gradient step"""
     accumulate: int = 1
