@@ -233,7 +233,7 @@ def report():
         prefix = "push_cube-tiny-pi05-"
         runs = {prefix + run: label for run, label in runs.items() if prefix + run in metrics}
         logs = {label: [*m.values()] for label, m in zip(runs.values(), shared([metrics[run] for run in runs]))}
-        if len(runs) > 1:
+        if len(runs) > 1 and all(logs.values()):  # else no training seed is in all of them yet
             curves = lambda key, scale=1.0: {label: [curve(m, key, scale) for m in ms] for label, ms in logs.items()}
             plot({f"{target}, success (%)": curves(f"eval/success_{target}", 100),
                   "twin, success (%)": curves("eval/success_twin", 100)}, f"results/{name}.png", ylabel="")

@@ -80,6 +80,19 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
     assert (tmp_path / "results/main-tiny-pi05.png").stat().st_size > 5000
 
 
+def test_the_report_leaves_out_what_has_no_training_seed_in_common_yet(tmp_path, monkeypatch):
+    for name in ("rlco-steps1000-s1", "rl-beta0-s2"):
+        folder = tmp_path / f"results/raw/push_cube-tiny-pi05-{name}"
+        folder.mkdir(parents=True)
+        results = [dict(policy=f"runs/experiment/{folder.name}/best", domain="twin", episodes=100, successes=50)]
+        (folder / "results.json").write_text(json.dumps(dict(results=results, args=dict(variation=None))))
+        (folder / "metrics.json").write_text(json.dumps([
+            {"iteration": 0, "eval/success_twin": 0.5, "eval/success_standin": 0.2, "eval/real_loss": 0.1}]))
+    monkeypatch.chdir(tmp_path)
+    experiment.report()
+    assert "Forgetting" not in (tmp_path / "results/README.md").read_text()
+
+
 def test_tasks_weigh_alike_in_their_mean():
     equal = experiment.mean([{1: (30, 100)}, {1: (50, 100)}])
     twice = experiment.mean([{1: (30, 100), 2: (30, 100)}, {1: (50, 100)}])
