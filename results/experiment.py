@@ -33,7 +33,7 @@ POLICIES = {"tiny-pi05": "π0.5", "tiny-openvla": "OpenVLA"}
 PAPER = {"tiny-pi05": (26.7, 45.9, 66.2), "tiny-openvla": (16.5, 40.0, 64.0)}  # real robot, mean of four tasks, %
 SETTINGS = {"tiny-pi05": ("", ""),  # beside the defaults, in stage I and in stage II
             "tiny-openvla": ("--steps 2000", "--lr 5e-5")}
-SHORT = "--steps 1000"  # stage I of some ablations: a third of the default
+SHORT = "--steps 1000"  # of stage I: a third of the default
 EXPERT = "--train expert --lr 1.5e-4 --iterations 20"  # fewer weights take larger steps, and more of them
 REAL_DEMOS = (5, 10, 20, 50)
 ALPHAS = (0.5, 0.8, 0.95)
@@ -106,27 +106,26 @@ def experiment(seed):
     for beta in BETAS:
         if beta != 0.2:
             yield "forgetting", evaluation(stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}"))
+    for beta in BETAS:
+        yield "expert_only", evaluation(stage2(sft, *of, f"rl_expert-beta{beta}", f"--beta {beta} {EXPERT}"))
     yield "stage1", evaluation(stage2(real, *of, "rlco_from_real"))
-    for n in REAL_DEMOS[:-1]:
-        few = f"--num-real {n}"
-        start = stage1("open_drawer", *of, f"sft-real{n}", few)
-        yield f"real_demos-{n}", evaluation(stage1("open_drawer", *of, f"real-real{n}", f"--alpha 0 {few}"))
-        yield from ((f"real_demos-{n}", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-real{n}", few)))
+    for alpha in ALPHAS:
+        if alpha != 0.8:
+            start = stage1("push_cube", *of, f"sft-alpha{alpha}", f"--alpha {alpha}")
+            yield from ((f"alpha-{alpha}", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-alpha{alpha}")))
     for (task, policy), runs in main.items():
         yield from ((f"unseen-{task}-{policy}", evaluation(run, variation)) for variation in VARIATIONS for run in runs)
 
-    _, sft, _ = short["push_cube"]
-    for beta in BETAS:
-        yield "expert_only", evaluation(stage2(sft, *of, f"rl_expert-beta{beta}", f"--beta {beta} {EXPERT}"))
     for target in ("mild", "strong"):
         start = stage1("push_cube", *of, f"sft-{target}", SHORT, target)
         yield f"gap-{target}", evaluation(start)
         for beta in (0, 0.2):
             yield f"gap-{target}", evaluation(stage2(start, *of, f"rl-{target}-beta{beta}", f"--beta {beta}"))
-    for alpha in ALPHAS:
-        if alpha != 0.8:
-            start = stage1("push_cube", *of, f"sft-alpha{alpha}", f"--alpha {alpha} {SHORT}")
-            yield from (("alpha", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-alpha{alpha}")))
+    for n in REAL_DEMOS[:-1]:
+        few = f"--num-real {n}"
+        start = stage1("open_drawer", *of, f"sft-real{n}", f"{few} {SHORT}")
+        yield "real_demos", evaluation(stage1("open_drawer", *of, f"real-real{n}", f"--alpha 0 {few} {SHORT}"))
+        yield from (("real_demos", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-real{n}", few)))
 
 
 def run(cells, jobs):
@@ -270,19 +269,19 @@ def report():
 
     rl_section("Forgetting, and the sweep of β", "forgetting", "sft",
                {"rlco" if b == 0.2 else f"rl-beta{b}": f"β = {b}" for b in BETAS})
-    rl_section("Forgetting: RL of the action expert only", "expert_only", "sft-steps1000",
+    rl_section("Forgetting: RL of the action expert only", "expert_only", "sft",
                {f"rl_expert-beta{b}": f"β = {b}" for b in BETAS})
     for target in ("mild", "strong"):
-        rl_section(f"A {target} gap", f"gap-{target}", f"sft-{target}",
+        rl_section(f"A {target} gap, after a stage I of 1000 steps", f"gap-{target}", f"sft-{target}",
                    {f"rl-{target}-beta{b}": f"β = {b}" for b in (0, 0.2)}, target)
     rl_section("Stage I with and without simulated demonstrations", "stage1", None,
                {"rlco": "after SFT co-training", "rlco_from_real": "after real-only SFT"})
 
     for title, name, x, paradigms, runs in (
             ("Share of simulated samples: push cube, π0.5", "alpha", "α", ("sft", "rlco"),
-             {a: f"push_cube-tiny-pi05-{{}}{'-steps1000' if a == 0.8 else f'-alpha{a}'}" for a in ALPHAS}),
-            ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
-             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else ''}" for n in REAL_DEMOS})):
+             {a: f"push_cube-tiny-pi05-{{}}{f'-alpha{a}' if a != 0.8 else ''}" for a in ALPHAS}),
+            ("Real demonstrations: open drawer, π0.5, after a stage I of 1000 steps", "real_demos", "real demonstrations", PARADIGMS,
+             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else '-steps1000'}" for n in REAL_DEMOS})):
         cells = shared([success.get((run.format(p), None), {}).get("standin", {})
                         for p in paradigms for run in runs.values()])
         if all(cells):
