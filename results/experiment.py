@@ -90,7 +90,7 @@ def evaluation(run, variation=None):
 
 def experiment(seed):
     """All evaluations, each with its section's name, those of the main table first."""
-    main, short = {}, {}
+    main = {}
     for policy in POLICIES:
         for task in TASKS:
             sft = stage1(task, policy, seed)
@@ -100,8 +100,8 @@ def experiment(seed):
     of = "tiny-pi05", seed
     for task in TASKS:
         sft = stage1(task, *of, "sft-steps1000", SHORT)
-        short[task] = [stage1(task, *of, "real-steps1000", f"--alpha 0 {SHORT}"), sft, stage2(sft, *of, "rlco-steps1000")]
-        yield from ((f"short-{task}", evaluation(run)) for run in short[task])
+        real = stage1(task, *of, "real-steps1000", f"--alpha 0 {SHORT}")
+        yield from ((f"short-{task}", evaluation(run)) for run in (real, sft, stage2(sft, *of, "rlco-steps1000")))
     real, sft, _ = main["push_cube", "tiny-pi05"]
     for beta in BETAS:
         if beta != 0.2:
@@ -280,7 +280,8 @@ def report():
     for title, name, x, paradigms, runs in (
             ("Share of simulated samples: push cube, π0.5", "alpha", "α", ("sft", "rlco"),
              {a: f"push_cube-tiny-pi05-{{}}{f'-alpha{a}' if a != 0.8 else ''}" for a in ALPHAS}),
-            ("Real demonstrations: open drawer, π0.5, after a stage I of 1000 steps", "real_demos", "real demonstrations", PARADIGMS,
+            ("Real demonstrations: open drawer, π0.5, after a stage I of 1000 steps", "real_demos", "real demonstrations",
+             PARADIGMS,
              {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else '-steps1000'}" for n in REAL_DEMOS})):
         cells = shared([success.get((run.format(p), None), {}).get("standin", {})
                         for p in paradigms for run in runs.values()])
