@@ -81,7 +81,7 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
 
 
 def test_the_report_leaves_out_what_has_no_training_seed_in_common_yet(tmp_path, monkeypatch):
-    for name in ("rlco-steps1000-s1", "rl-beta0-s2"):
+    for name in ("rlco-s1", "rl-beta0-s2"):
         folder = tmp_path / f"results/raw/push_cube-tiny-pi05-{name}"
         folder.mkdir(parents=True)
         results = [dict(policy=f"runs/experiment/{folder.name}/best", domain="twin", episodes=100, successes=50)]
