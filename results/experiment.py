@@ -117,15 +117,14 @@ def experiment(seed):
         yield from ((f"unseen-{task}-{policy}", evaluation(run, variation)) for variation in VARIATIONS for run in runs)
 
     for target in ("mild", "strong"):
-        start = stage1("push_cube", *of, f"sft-{target}", SHORT, target)
+        start = stage1("push_cube", *of, f"sft-{target}", target=target)
         yield f"gap-{target}", evaluation(start)
         for beta in (0, 0.2):
             yield f"gap-{target}", evaluation(stage2(start, *of, f"rl-{target}-beta{beta}", f"--beta {beta}"))
     for n in REAL_DEMOS[:-1]:
         few = f"--num-real {n}"
-        start = stage1("open_drawer", *of, f"sft-real{n}", f"{few} {SHORT}")
-        yield "real_demos", evaluation(stage1("open_drawer", *of, f"real-real{n}", f"--alpha 0 {few} {SHORT}"))
-        yield from (("real_demos", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-real{n}", few)))
+        real, start = (stage1("open_drawer", *of, f"{p}-real{n}", few + o) for p, o in (("real", " --alpha 0"), ("sft", "")))
+        yield from ((f"real_demos-{n}", evaluation(run)) for run in (real, start, stage2(start, *of, f"rlco-real{n}", few)))
 
 
 def run(cells, jobs):
@@ -272,7 +271,7 @@ def report():
     rl_section("Forgetting: RL of the action expert only", "expert_only", "sft",
                {f"rl_expert-beta{b}": f"β = {b}" for b in BETAS})
     for target in ("mild", "strong"):
-        rl_section(f"A {target} gap, after a stage I of 1000 steps", f"gap-{target}", f"sft-{target}",
+        rl_section(f"A {target} gap", f"gap-{target}", f"sft-{target}",
                    {f"rl-{target}-beta{b}": f"β = {b}" for b in (0, 0.2)}, target)
     rl_section("Stage I with and without simulated demonstrations", "stage1", None,
                {"rlco": "after SFT co-training", "rlco_from_real": "after real-only SFT"})
@@ -280,9 +279,8 @@ def report():
     for title, name, x, paradigms, runs in (
             ("Share of simulated samples: push cube, π0.5", "alpha", "α", ("sft", "rlco"),
              {a: f"push_cube-tiny-pi05-{{}}{f'-alpha{a}' if a != 0.8 else ''}" for a in ALPHAS}),
-            ("Real demonstrations: open drawer, π0.5, after a stage I of 1000 steps", "real_demos", "real demonstrations",
-             PARADIGMS,
-             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else '-steps1000'}" for n in REAL_DEMOS})):
+            ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
+             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else ''}" for n in REAL_DEMOS})):
         cells = shared([success.get((run.format(p), None), {}).get("standin", {})
                         for p in paradigms for run in runs.values()])
         if all(cells):
