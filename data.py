@@ -16,13 +16,14 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 IMAGE, STATE, ACTION = "observation.images.base_0_rgb", "observation.state", "action"
 DIMS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # of state and action
-FILE_BYTES, FILES_PER_CHUNK = 100 << 20, 1000  # LeRobot's: beyond these a new file, a new folder is begun
+FILE_BYTES, FILES_PER_CHUNK = 100 << 20, 1000  # beyond these (data and video) a new file, a new folder is begun
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
@@ -108,7 +109,7 @@ class DatasetWriter:
 
     def add_episode(self, episode):
         """Append {"image" uint8 [T,H,W,3], "state" [T,7], "action" [T,7], "prompt" str} and, if it has them,
-        "success" bool and "seed" int. ValueError for wrong shapes, different lengths, NaN."""
+        "seed" int. ValueError for wrong shapes, different lengths, NaN."""
         image, prompt = np.asarray(episode["image"]), str(episode["prompt"])
         state, action = (np.asarray(episode[key], np.float32) for key in ("state", "action"))
         number, length, where = len(self.episodes), len(image), f"{self.path}: episode {len(self.episodes)}"
@@ -153,7 +154,7 @@ class DatasetWriter:
                 picture.pts, picture.time_base = self.video_frames, 1 / Fraction(self.fps)
                 self.video_file.mux(self.stream.encode(picture))
                 self.video_frames += 1
-        row |= {key: np.asarray(episode[key]).item() for key in ("success", "seed") if key in episode}
+        row |= {"seed": int(episode["seed"])} if "seed" in episode else {}
         row |= {f"stats/{key}/{name}": x.tolist() for key, stat in stats.items() for name, x in stat.items()}
         self.episodes.append(row)
         self.columns.append(columns)
@@ -518,6 +519,7 @@ SEEDS_PER_BLOCK = 5
 def _init_worker():
     torch.set_num_threads(1)  # a core a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()  # not to outlive it
 
 
 def _demonstrate_block(task, domain, seeds):

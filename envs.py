@@ -547,7 +547,8 @@ class PushCube(TabletopEnv):
     def evaluate(self):
         distance = torch.linalg.norm(self.goal.pose.p[:, :2] - self.cube.pose.p[:, :2], dim=-1)
         speed = torch.linalg.norm(self.cube.linear_velocity, dim=-1)
-        return dict(success=(distance < self.tolerance) & (speed < self.at_rest))
+        on_table = self.cube.pose.p[:, 2] < self.half_size + 0.005
+        return dict(success=(distance < self.tolerance) & (speed < self.at_rest) & on_table)
 
     def potential(self):
         """0 .. 0.75: nearness of the TCP to the cube's far side (a third), of the cube to the goal (the rest)."""

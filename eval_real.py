@@ -522,18 +522,14 @@ class Keyboard:
 
 
 def show_overlay(camera: Camera, wanted, path: Path):
-    """Live picture, blend, and the twin's render `wanted` [H,W,3] side by side: to a file, and to a window if one can
-    be opened. Where the blend shows nothing double, the camera is aligned and the scene is as wanted."""
+    """Live picture, blend, and the twin's render `wanted` [H,W,3] side by side, to a file that a viewer may keep open.
+    Where the blend shows nothing double, the camera is aligned and the scene is as wanted."""
     live = camera.read(len(wanted))
     picture = np.concatenate([live, (live // 2 + wanted // 2), wanted], 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     Image.fromarray(picture).save(temporary)
     os.replace(temporary, path)
-    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        import cv2
-        cv2.imshow("camera | blend | wanted", picture[..., ::-1])
-        cv2.waitKey(1)
     time.sleep(0.2)
 
 

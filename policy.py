@@ -105,7 +105,8 @@ def cat_obs(batches: list[dict]) -> dict:
             return sum(values, [])
         if dim := {"prefix_kv": -2, "prefix_mask": -1}.get(key):  # whose length depends on the prompt
             longest = max(v.shape[dim] for v in values)
-            values = [F.pad(v, (0, 0) * (-1 - dim) + (0, longest - v.shape[dim])) for v in values]
+            values = [v if v.shape[dim] == longest else F.pad(v, (0, 0) * (-1 - dim) + (0, longest - v.shape[dim]))
+                      for v in values]
         return torch.cat(values)
     return {key: join(key) for key in batches[0]}
 
@@ -300,7 +301,7 @@ class Policy(nn.Module):
 
     def freeze(self, train: str) -> None:
         """What trains besides the heads: "expert": all but what embeds the observation (pi0.5: SigLIP and the VLM;
-        OpenVLA: the vision towers and the projector); "lora": low-rank adapters on every linear layer; "all"."""
+        OpenVLA: the vision towers and the projector); "lora": adapters on every linear layer but lm_head; "all"."""
         if train == "lora":
             self.add_lora()
         for name, p in self.named_parameters():
@@ -309,7 +310,7 @@ class Policy(nn.Module):
         self.frozen_prefix = train == "expert"
 
     def add_lora(self) -> None:
-        """LoRA (arXiv 2106.09685) in float32 on every linear layer that a loss reaches, but the heads."""
+        """LoRA (arXiv 2106.09685) in float32 on every linear layer that a loss reaches, but the heads and lm_head."""
         if self.lora_layers():
             return
         from peft import LoraConfig, inject_adapter_in_model  # imported here: only full-size fine-tuning needs it
@@ -434,7 +435,7 @@ class Pi05(Policy):
     a value head on the mean VLM prefix feature."""
 
     LAYOUTS, TOKENIZER, FROZEN = ("openpi", "lerobot"), "google/paligemma-3b-pt-224", (PALIGEMMA,)
-    FLOAT32 = (*HEADS, "action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm",
+    FLOAT32 = ("action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm",
                "model.norm")
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
@@ -464,7 +465,8 @@ class Pi05(Policy):
         self.value_head = mlp([vlm["width"], *config["value_hidden"], 1], nn.ReLU)
         self.noise_head = mlp([expert["width"], 128, 64, self.action_dim], nn.Tanh)
         last = PALIGEMMA + f"model.language_model.layers.{vlm['depth'] - 1}."
-        self.UNTRAINED = ("paligemma_with_expert.gemma_expert.lm_head", PALIGEMMA + "model.language_model.norm", *(
+        self.UNTRAINED = (
+            "paligemma_with_expert.gemma_expert.lm_head", LM_HEAD, PALIGEMMA + "model.language_model.norm", *(
             last + part for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")))
         self.freeze("all")
 
@@ -737,7 +739,7 @@ class OpenVLA(Policy):
     RL4VLA and RLinf: everything is about the softmax over the 256 action tokens only. Predicts `chunk` actions."""
 
     LAYOUTS, TOKENIZER = ("openvla",), "openvla/openvla-7b"
-    FROZEN, FLOAT32 = ("vision_backbone.", "projector."), HEADS
+    FROZEN, FLOAT32 = ("vision_backbone.", "projector."), ()
     # ImageNet's and SigLIP's constants, rounded to bfloat16 as the released processor has them
     MEAN = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
     STD = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
@@ -1023,7 +1025,10 @@ def by_layer(keys: list[str]) -> str:
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder that hold weights; none if it is no checkpoint."""
     files = [f for f in sorted(folder.glob("*.safetensors")) if "processor" not in f.name]
-    return files or sorted(folder.glob("**/full_weights.pt"))  # .pt: RLinf's trainer
+    steps = sorted(folder.glob("**/full_weights.pt"))  # of RLinf's trainer
+    if not files and len(steps) > 1:
+        raise ValueError(f"{folder} has {len(steps)} checkpoints: name the folder of one, such as {steps[-1].parent}")
+    return files or steps
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -1056,7 +1061,7 @@ def read_file(file: Path):
 
 def read_config(folder: Path, tensors: dict) -> dict:
     """Our settings from any layout's config; the family is told by the key names."""
-    files = [f for f in (folder / "rlco.json", folder / "config.json", *folder.glob("*_config.json")) if f.is_file()]
+    files = [f for f in (folder / "rlco.json", folder / "config.json") if f.is_file()]
     raw = read_file(files[0]) if files else {}
     hidden = [len(v) for k, v in sorted(tensors.items()) if re.fullmatch(r"value_head\.\d\.weight", k)]
     lost = ("config.json" if not files and (folder / "heads.safetensors").is_file() else
@@ -1069,6 +1074,8 @@ def read_config(folder: Path, tensors: dict) -> dict:
         raw["vlm"] = {**raw.get("vlm", config["vlm"]), "vocab_size": len(words)}
     elif "projector.fc1.weight" in tensors:
         config, extra = PRESETS["openvla-7b"], ("norm_stats", "unnorm_key")
+        if (file := folder / "dataset_statistics.json").is_file():  # of its fine-tuning: these count there, too
+            raw["norm_stats"] = read_file(file)
         if (text := raw.get("text_config")) and "llm" not in raw:
             theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
             raw["llm"] = {**config["llm"], **text, "rope_theta": theta}
@@ -1083,23 +1090,25 @@ def read_config(folder: Path, tensors: dict) -> dict:
             "chunk": min(config["chunk"], config["action_horizon"])}
 
 
-def read_stats(folder: Path, config: dict) -> dict | None:
-    """Statistics in LeRobot's form from whichever file the layout keeps them in; an unnorm_key goes before these."""
-    stats, sets, key = {}, config.get("norm_stats") or {}, config.get("unnorm_key")
+def read_stats(folder: Path, config: dict) -> dict:
+    """Statistics in LeRobot's form from whichever file the layout keeps them in; an unnorm_key goes before these, and
+    chooses where there are several sets."""
+    stats, key = {}, config.get("unnorm_key")
+    sets = {k: {"action": v["action"]} for k, v in (config.get("norm_stats") or {}).items() if "action" in v}
     for file in sorted(folder.glob("policy_preprocessor*.safetensors")):  # lerobot
         for name, value in read_file(file).items():
             feature, _, kind = name.rpartition(".")
             stats.setdefault(feature, {})[kind] = value.flatten().tolist()
-    for file in sorted(folder.glob("**/norm_stats.json"))[:1]:  # openpi, RLinf
-        theirs = read_file(file)["norm_stats"]
-        stats |= {o: theirs[t] for o, t in OPENPI_STATS.items() if t in theirs}
+    for file in sorted(folder.glob("**/norm_stats.json")):  # openpi, RLinf
+        theirs = read_file(file).get("norm_stats", {})
+        sets[file.parent.name] = {o: theirs[t] for o, t in OPENPI_STATS.items() if t in theirs}
     if (file := folder / "stats.json").is_file():  # ours
         stats = read_file(file)
     elif len(sets) == 1:
         key = next(iter(sets))
     if key and key not in sets:
         raise ValueError(f"{folder} has no statistics {key}; unnorm_key can be {', '.join(sorted(sets))}")
-    return stats | ({"action": sets[key]["action"]} if key else {})
+    return stats | (sets[key] if key else {})
 
 
 def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> tuple[dict, dict]:
@@ -1110,6 +1119,8 @@ def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> t
         sets, key = dict(config.get("norm_stats") or {}), config.get("unnorm_key") or "rlco"
         if "action" in stats:
             sets[key] = {**sets.get(key, {}), "action": stats["action"]}
+        if (file := folder / "dataset_statistics.json").is_file():  # goes before config.json's
+            write_file(file, sets)
         return tensors, {
             **OPENVLA_CONFIG, **config, "norm_stats": sets,
             "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},

@@ -207,7 +207,7 @@ def main(args: Args):
             print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
             return
         del metrics[start:]  # a last validation, if more iterations are asked for now
-        policy.load_state_dict(state["policy"])
+        policy.load_state_dict(state["policy"], strict=False)  # what is frozen is --policy's
         optimizer.load_state_dict(state["optimizer"])
         cpu, *cuda = state["rng"]
         torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
@@ -242,7 +242,7 @@ def main(args: Args):
 
         # rollout in the twin; every iteration has its own episodes, also in a resumed run
         obs = twin.reset(envs.rl_seed(args.seed, iteration))
-        steps = []
+        steps, rollout = [], None  # frees the last one's observations, which are large where they hold the prefix
         for _ in range(decisions):
             obs = policy.encode(obs)
             decision = policy.act(obs, sample=True)
@@ -274,6 +274,7 @@ def main(args: Args):
                        logprob=column["logprob"].flatten(), value=column["value"].flatten(),
                        returns=returns.flatten(), advantage=((advantage - advantage.mean()) / (advantage.std() + 1e-8)
                                                              ).flatten())
+        del steps
         warming_up, history = iteration < args.critic_warmup, []
         size = len(rollout["logprob"])
         epochs = (torch.randperm(size).split(args.minibatch_size) for _ in range(args.update_epochs))
@@ -327,7 +328,8 @@ def main(args: Args):
         writer.flush()
         write_file(args.out / "metrics.json", metrics)
         write_file(state_file, dict(args=settings, iteration=iteration + 1, updates=updates, best=best, metrics=metrics,
-                                    policy=policy.state_dict(), optimizer=optimizer.state_dict(),
+                                    policy={n: p.detach() for n, p in policy.named_parameters() if p.requires_grad},
+                                    optimizer=optimizer.state_dict(),
                                     rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]))
 
     plot_run(metrics, args.target, args.out / "learning_curve.png")

@@ -46,7 +46,7 @@ class Args:
     real_val: Path | None = None
     """held-out real demonstrations, on which only the imitation loss is measured (default: demos/TASK-TARGET-val)"""
     alpha: float = 0.8
-    """share of simulated samples in every batch: 0 is real-only, 1 is sim-only"""
+    """share of simulated samples, exact over the batches together: 0 is real-only, 1 is sim-only"""
     train: Literal["expert", "lora", "all"] = "all"
     """which weights train: all but those that embed the observation, LoRA, or all"""
     steps: int = 3000

@@ -102,17 +102,16 @@ def experiment(seed):
         sft = stage1(task, *of, "sft-steps1000", SHORT)
         real = stage1(task, *of, "real-steps1000", f"--alpha 0 {SHORT}")
         yield from ((f"short-{task}", evaluation(run)) for run in (real, sft, stage2(sft, *of, "rlco-steps1000")))
-    real, sft, _ = main["push_cube", "tiny-pi05"]
-    for beta in BETAS:
-        if beta != 0.2:
-            yield "forgetting", evaluation(stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}"))
-    for beta in BETAS:
-        yield "expert_only", evaluation(stage2(sft, *of, f"rl_expert-beta{beta}", f"--beta {beta} {EXPERT}"))
-    yield "stage1", evaluation(stage2(real, *of, "rlco_from_real"))
+    real, sft, rlco = main["push_cube", "tiny-pi05"]
+    yield from (("forgetting", evaluation(run)) for run in (
+        sft, rlco, *(stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}") for beta in BETAS if beta != 0.2)))
+    yield from (("expert_only", evaluation(run)) for run in (
+        sft, *(stage2(sft, *of, f"rl_expert-beta{beta}", f"--beta {beta} {EXPERT}") for beta in BETAS)))
+    yield from (("stage1", evaluation(run)) for run in (rlco, stage2(real, *of, "rlco_from_real")))
     for alpha in ALPHAS:
-        if alpha != 0.8:
-            start = stage1("push_cube", *of, f"sft-alpha{alpha}", f"--alpha {alpha}")
-            yield from ((f"alpha-{alpha}", evaluation(run)) for run in (start, stage2(start, *of, f"rlco-alpha{alpha}")))
+        start = stage1("push_cube", *of, f"sft-alpha{alpha}", f"--alpha {alpha}")
+        runs = (sft, rlco) if alpha == 0.8 else (start, stage2(start, *of, f"rlco-alpha{alpha}"))
+        yield from ((f"alpha-{alpha}", evaluation(run)) for run in runs)
     for (task, policy), runs in main.items():
         yield from ((f"unseen-{task}-{policy}", evaluation(run, variation)) for variation in VARIATIONS for run in runs)
 
@@ -121,10 +120,11 @@ def experiment(seed):
         yield f"gap-{target}", evaluation(start)
         for beta in (0, 0.2):
             yield f"gap-{target}", evaluation(stage2(start, *of, f"rl-{target}-beta{beta}", f"--beta {beta}"))
-    for n in REAL_DEMOS[:-1]:
+    for n in REAL_DEMOS:
         few = f"--num-real {n}"
         real, start = (stage1("open_drawer", *of, f"{p}-real{n}", few + o) for p, o in (("real", " --alpha 0"), ("sft", "")))
-        yield from ((f"real_demos-{n}", evaluation(run)) for run in (real, start, stage2(start, *of, f"rlco-real{n}", few)))
+        runs = main["open_drawer", of[0]] if n == 50 else (real, start, stage2(start, *of, f"rlco-real{n}", few))
+        yield from ((f"real_demos-{n}", evaluation(run)) for run in runs)
 
 
 def run(cells, jobs):
@@ -147,6 +147,8 @@ def run(cells, jobs):
         while running or any(map(ready, todo.values())):  # what else is left needs what has failed
             for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
                 del todo[cell.out]
+                if cell.script == "eval_real.py" and (metrics := Path(cell.start.out, "metrics.json")).exists():
+                    write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
                 with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
                     running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
                                                      env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
@@ -159,8 +161,6 @@ def run(cells, jobs):
                     if process.returncode:
                         failed.add(cell.out)
                     elif cell.script != "eval_real.py":
-                        if (metrics := Path(cell.out, "metrics.json")).exists():  # of stage II, for the figures
-                            write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
                         cell.done.touch()
             time.sleep(1)
     finally:  # left alone they would go on, beside the same cells of the next call
@@ -251,9 +251,9 @@ def report():
                  if (f"{task}-{policy}-rlco{steps}", None) in success}
         for domain in ("standin", "twin") if tasks else ():
             rows = [[task, *rates(runs, domain)] for task, runs in tasks.items()]
-            if len(tasks) > 1 and all((run, None) in success for runs in tasks.values() for run in runs):
-                rows.append([f"mean of {len(tasks)} tasks", *(
-                    mean([success[run, None][domain] for run in column]) for column in zip(*tasks.values()))])
+            cells = shared([success.get((run, None), {}).get(domain, {}) for runs in tasks.values() for run in runs])
+            if len(tasks) > 1 and all(cells):
+                rows.append([f"mean of {len(tasks)} tasks", *(mean(cells[i::len(PARADIGMS)]) for i in range(len(PARADIGMS)))])
             if domain == "standin":
                 rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
             text.append(f"## {label} (`{policy}`): {domain}\n\n" + table(["", *PARADIGMS.values()], rows))

@@ -29,7 +29,7 @@ def make_episode(seed, length, height=32, width=48):
         image[t, 8:24, 3 * t % 32:3 * t % 32 + 16] = 200, 40, 60
     return {"image": image, "state": rng.normal(size=(length, 7)).astype(np.float32),
             "action": rng.normal(size=(length, 7)).astype(np.float32),
-            "prompt": ["push", "pull the other way"][seed % 2], "success": True, "seed": seed}
+            "prompt": ["push", "pull the other way"][seed % 2], "seed": seed}
 
 
 EPISODES = [make_episode(seed, length) for seed, length in enumerate((7, 1, 12, 5))]

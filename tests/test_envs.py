@@ -140,6 +140,17 @@ def test_the_expert_finishes_in_time(task, domain):
     assert episode["prompt"] == envs.TASKS[task].instruction
 
 
+def test_pushed_is_on_the_table_in_the_square_at_rest(twin):
+    def success(aside=0.0, height=0.0, speed=0.0):
+        twin.reset(seed=[0])
+        twin.cube.set_pose(Pose.create_from_pq(twin.goal.pose.p + torch.tensor([[0, aside, twin.half_size + height]])))
+        twin.cube.set_linear_velocity(torch.tensor([[speed, 0, 0]]))
+        return twin.evaluate()["success"].item()
+
+    assert success() and success(aside=0.024)
+    assert not success(aside=0.026) and not success(height=0.01) and not success(speed=0.04)
+
+
 def test_picked_and_placed_is_in_the_bowl_at_rest_and_released():
     env = envs.make("pick_place", envs.TWIN)
 
@@ -244,23 +255,31 @@ def test_every_episode_gets_its_own_actions_however_early_others_end():
     assert list(played["success"]) == [True, False] * 3 + [True]
 
 
-def test_auto_reset_gives_the_next_first_and_the_last_observation(twin):
+def test_auto_reset_gives_the_next_first_observation_and_the_last_of_what_was_truncated(twin):
+    """Row 0 succeeds, row 1 waits till its time is over."""
     world = envs.VecEnv("push_cube", envs.TWIN, 2, 1)
-    still = torch.zeros(2, 8, 7)
-    still[..., 6] = CLOSED
+    limit, steps = envs.PushCube.max_episode_steps, len(push := envs.demonstrate("push_cube", envs.TWIN, 10)["action"])
+    actions = torch.zeros(2, limit, 7)
+    actions[..., 6] = CLOSED
+    actions[0, :steps] = torch.from_numpy(push)
+    chunks, ends = actions.split(8, 1), []
     world.reset(10)
-    for _ in range(envs.PushCube.max_episode_steps // 8 - 1):
-        _, _, terminated, truncated, info = world.step(still)
-        assert not terminated.any() and not truncated.any() and info["final_obs"] is None
-    obs, _, terminated, truncated, info = world.step(still)
-    assert truncated.all() and not terminated.any() and (info["length"] == envs.PushCube.max_episode_steps).all()
-    for row in range(2):
-        twin.reset(seed=[10 + row])
-        for _ in range(envs.PushCube.max_episode_steps // 8):
-            twin.step_chunk(still[:1])
-        torch.testing.assert_close(info["final_obs"]["state"][row], twin.observe()["state"][0], atol=1e-5, rtol=0)
-        twin.reset(seed=[12 + row])  # the environment's next episode
-        torch.testing.assert_close(obs["image"][row], twin.observe()["image"][0], atol=0, rtol=0)
+    for chunk in chunks:
+        obs, _, terminated, truncated, info = world.step(chunk)
+        ends.append((terminated.tolist(), truncated.tolist()))
+        if terminated[0]:
+            assert info["final_obs"] is None and info["length"][0] == steps
+            twin.reset(seed=[12])  # its next episode
+            torch.testing.assert_close(obs["image"][0], twin.observe()["image"][0], atol=0, rtol=0)
+    assert ends.count(([True, False], [False, False])) == 1 and ends[-1] == ([False, False], [False, True])
+    assert len(ends) == len(chunks) and info["length"][1] == limit and len(info["final_obs"]["image"]) == 1
+    twin.reset(seed=[11])
+    for _ in chunks:
+        twin.step_chunk(chunks[-1][1:])
+    torch.testing.assert_close(info["final_obs"]["state"][0], twin.observe()["state"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(info["final_obs"]["image"][0], twin.observe()["image"][0], atol=1, rtol=0)
+    twin.reset(seed=[13])
+    torch.testing.assert_close(obs["image"][1], twin.observe()["image"][0], atol=0, rtol=0)
     world.close()
 
 

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -61,9 +62,10 @@ def test_the_experiment_gives_a_folder_to_each_run_and_a_run_to_each_checkpoint(
 
 
 def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_path, monkeypatch):
-    for seed, successes in ((1, 30), (2, 50)):
+    """And only of those that all cells of a row have, in the mean of all cells."""
+    for task, seed, successes in (("push_cube", 1, 30), ("push_cube", 2, 50), ("pick_place", 1, 10)):
         for paradigm, add in (("real", 0), ("sft", 5), ("rlco", 20)):
-            name = f"push_cube-tiny-pi05-{paradigm}-s{seed}"
+            name = f"{task}-tiny-pi05-{paradigm}-s{seed}"
             folder = tmp_path / "results/raw" / name
             folder.mkdir(parents=True)
             results = [dict(policy=f"runs/experiment/{name}/best", domain=domain, episodes=100, successes=successes + add)
@@ -77,6 +79,7 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
     low, high = eval_real.wilson(120, 200)
     rlco = f"60 % [{100 * low:.0f}, {100 * high:.0f}] (50, 70)"
     assert f"| push_cube | 40 % [33, 47] (30, 50) | 45 % [38, 52] (35, 55) | {rlco} |" in text
+    assert "| mean of 2 tasks | 20 % [15, 26] | 25 % [20, 31] | 40 % [33, 47] |" in text  # of seed 1
     assert (tmp_path / "results/main-tiny-pi05.png").stat().st_size > 5000
 
 
@@ -127,3 +130,7 @@ def test_the_experiment_goes_on_where_it_ended_and_a_failure_holds_up_only_what_
     assert experiment.run(cells, jobs=2) == []
     assert Path("results/raw/push_cube-tiny-pi05-after_bad-s1/metrics.json").read_text() == "[1]"
     assert Path("order").read_text().split() == [f"push_cube-tiny-pi05-{name}-s1" for name in ("bad", "after_bad", "after_bad")]
+    shutil.rmtree("results/raw/push_cube-tiny-pi05-after_bad-s1"), Path("order").unlink()  # the evaluation anew
+    assert experiment.run(cells, jobs=1) == []
+    assert Path("results/raw/push_cube-tiny-pi05-after_bad-s1/metrics.json").read_text() == "[1]"
+    assert Path("order").read_text().split() == ["push_cube-tiny-pi05-after_bad-s1"]

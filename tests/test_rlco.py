@@ -73,14 +73,16 @@ def test_nothing_has_changed_right_after_acting(policy):
 
 
 def test_the_loss_is_made_of_its_parts_with_their_signs(policy):
-    """And the value loss is clipped PPO's: the larger error of the value and of one that moved by 0.2 at most."""
+    """And the value loss is clipped PPO's: the larger error of the value and of one that moved by 0.2 at most, Huber's."""
     rollout, real = make_rollout(policy)
     value = rollout["value"]
     rollout["value"] = value - torch.tensor([0.5, -0.5, 0.5, -0.5, 0.1, -0.1])  # when the policy acted
     rollout["returns"] = value + torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0])
-    loss, parts = train_rlco.rlco_loss(policy, rollout, real, ARGS)
+    args = SimpleNamespace(**{**vars(ARGS), "huber_delta": 1.1})
+    loss, parts = train_rlco.rlco_loss(policy, rollout, real, args)
     # errors: 1, 1, 1, 1, 1, 1 unclipped; of the value at 0.2 from where it was 1.3, 0.7, 0.7, 1.3, 1, 1
-    expected = 0.5 * torch.tensor([1.3, 1, 1, 1.3, 1, 1]).square().mean()
+    far, near = 1.1 * (1.3 - 1.1 / 2), 1 / 2  # linear beyond delta, square below
+    expected = torch.tensor([far, near, near, far, near, near]).mean()
     torch.testing.assert_close(parts["value"], expected, atol=1e-5, rtol=0)
     ppo = parts["policy"] + 0.5 * parts["value"] - 0.01 * parts["entropy"]
     torch.testing.assert_close(parts["ppo"], ppo)
