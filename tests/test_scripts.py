@@ -72,6 +72,9 @@ def test_evaluation_repeats_itself(folder):
     assert first["results"] == again["results"] and first["weights"] == again["weights"]
     assert all(len(digest) == 64 for digest in first["weights"].values())
     assert "not a real robot" in output and "of 3" in output
+    run(folder, *"eval_real.py --episodes 3 --num-envs 1 --videos 0 --out alone --policies runs/rlco/best".split())
+    alone = json.loads((folder / "alone/results.json").read_text())  # as beside another checkpoint
+    assert alone["results"] == [r for r in first["results"] if r["policy"] == "runs/rlco/best"]
 
 
 def test_a_second_run_reuses_and_a_killed_one_resumes(folder):
