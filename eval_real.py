@@ -164,22 +164,23 @@ def main(args: Args):
                                 success=played["success"].tolist(), length=played["length"].tolist()))
     write_file(args.out / "results.json", dict(results=results, **repeat))
 
-    worlds = {name: fresh(name) for name in names} if args.videos else {}
-    for r in results if args.videos else ():
-        chosen = [seed for kind in (True, False)
-                  for seed in [s for s, success in zip(seeds, r["success"]) if success == kind][:args.videos]]
-        played = worlds[r["domain"]].evaluate(acts[r["policy"]], chosen, "videos", video=True)
-        for seed, success, frames in zip(chosen, played["success"], played["frames"]):
-            envs.write_video(args.out / f"videos/{r['policy'].strip('./').replace('/', '-')}_{r['domain']}_{seed}_"
-                                        f"{'success' if success else 'failure'}.mp4", [frames])
-    if args.videos:  # the last checkpoint in all domains side by side, an episode after the other
+    if args.videos:
+        worlds = {name: fresh(name) for name in names}
+        for r in results:
+            chosen = [seed for kind in (True, False)
+                      for seed in [s for s, success in zip(seeds, r["success"]) if success == kind][:args.videos]]
+            played = worlds[r["domain"]].evaluate(acts[r["policy"]], chosen, "videos", video=True)
+            for seed, success, frames in zip(chosen, played["success"], played["frames"]):
+                envs.write_video(args.out / f"videos/{r['policy'].strip('./').replace('/', '-')}_{r['domain']}_{seed}_"
+                                            f"{'success' if success else 'failure'}.mp4", [frames])
+        # the last checkpoint in all domains side by side, an episode after the other
         played = [world.evaluate(acts[args.policies[-1]], seeds[:4], video=True)["frames"] for world in worlds.values()]
         longest = [max(map(len, episode)) for episode in zip(*played)]
         envs.write_video(args.out / f"{'_and_'.join(names)}.mp4", [
             [frame for frames, n in zip(column, longest) for frame in frames + frames[-1:] * (n + 5 - len(frames))]
             for column in played])
-    for world in worlds.values():
-        world.close()
+        for world in worlds.values():
+            world.close()
     what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
     print(f"\n{table(results)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"
           f"{' and videos' if args.videos else ''} in {args.out}")

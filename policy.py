@@ -435,8 +435,7 @@ class Pi05(Policy):
     a value head on the mean VLM prefix feature."""
 
     LAYOUTS, TOKENIZER, FROZEN = ("openpi", "lerobot"), "google/paligemma-3b-pt-224", (PALIGEMMA,)
-    FLOAT32 = ("action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm",
-               "model.norm")
+    FLOAT32 = ("action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm", "model.norm")
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__(config, stats, tokenizer)
@@ -465,9 +464,9 @@ class Pi05(Policy):
         self.value_head = mlp([vlm["width"], *config["value_hidden"], 1], nn.ReLU)
         self.noise_head = mlp([expert["width"], 128, 64, self.action_dim], nn.Tanh)
         last = PALIGEMMA + f"model.language_model.layers.{vlm['depth'] - 1}."
-        self.UNTRAINED = (
-            "paligemma_with_expert.gemma_expert.lm_head", LM_HEAD, PALIGEMMA + "model.language_model.norm", *(
-            last + part for part in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")))
+        parts = "self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm"
+        self.UNTRAINED = ("paligemma_with_expert.gemma_expert.lm_head", LM_HEAD, PALIGEMMA + "model.language_model.norm",
+                          *(last + part for part in parts))
         self.freeze("all")
 
     @property

@@ -147,6 +147,7 @@ def run(cells, jobs):
         while running or any(map(ready, todo.values())):  # what else is left needs what has failed
             for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
                 del todo[cell.out]
+                # Stage II's metrics, for the figures, lie beside its evaluation.
                 if cell.script == "eval_real.py" and (metrics := Path(cell.start.out, "metrics.json")).exists():
                     write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
                 with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
@@ -280,7 +281,7 @@ def report():
             ("Share of simulated samples: push cube, π0.5", "alpha", "α", ("sft", "rlco"),
              {a: f"push_cube-tiny-pi05-{{}}{f'-alpha{a}' if a != 0.8 else ''}" for a in ALPHAS}),
             ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
-             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n < REAL_DEMOS[-1] else ''}" for n in REAL_DEMOS})):
+             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n != 50 else ''}" for n in REAL_DEMOS})):
         cells = shared([success.get((run.format(p), None), {}).get("standin", {})
                         for p in paradigms for run in runs.values()])
         if all(cells):

@@ -148,7 +148,7 @@ def stage_2(folder, tmp_path, monkeypatch):
         return {k: v for file in Path(checkpoint).glob("*.safetensors") for k, v in load_file(file).items()}
 
     def run(policy, out="run", **settings):
-        if not Path(policy).exists():
+        if not Path("start", policy).exists():
             torch.manual_seed(0)
             load_policy(policy, stats=stats).save(f"start/{policy}")
         train_rlco.main(train_rlco.Args(**dict(dict(
