@@ -17,6 +17,7 @@ test: setup .venv/robot
 
 results: setup
 	@$(PY) results/experiment.py
+	$(PY) envs.py show --out results/domains.png
 
 # openpi-client pins numpy < 2 and runs with numpy 2 all the same.
 .venv/robot: requirements-robot.txt .venv/installed

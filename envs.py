@@ -292,7 +292,8 @@ class TwinPanda(Panda):
 
 # ---------------------------------------------------------------------------------------------------------- environment
 class TabletopEnv(BaseEnv):
-    """What all tasks share: robot, table, camera, light, observation, chunk stepping. Batched, so it also runs on GPU.
+    """What all tasks share: robot, table, camera, light, observation, chunk stepping. Batched, for ManiSkill's GPU
+    simulation too, where it was not run.
 
     A task adds `instruction`, `max_episode_steps`, `_load_objects`, `_place_objects`, `evaluate`, `potential`, `expert`.
     """
@@ -1045,31 +1046,27 @@ def _expert_episode(task, domain, limit, seed):
     return episode["success"], len(episode["action"]) if episode["success"] else limit
 
 
-def _stock(seconds, ready, count):
+def _stock(seconds):
     import gymnasium
     import mani_skill.envs  # noqa: F401  (registers PushCube-v1)
-    torch.set_num_threads(1)
     env = gymnasium.make("PushCube-v1", obs_mode="rgb", control_mode="pd_ee_delta_pose", sim_backend="physx_cpu",
                          render_backend="cpu", sensor_configs=dict(width=64, height=64))
     env.reset(seed=0)
     env.step(env.action_space.sample() * 0)
-    ready.wait()
     steps, end = 0, time.time() + seconds
     while time.time() < end:
         env.step(env.action_space.sample() * 0.1)
         steps += 1
-    count.put(steps / seconds)
+    return steps / seconds
 
 
 def bench(tasks: tuple[str, ...] = tuple(TASKS), chunk: int = 8, num_envs: int = 32,
           workers: int = len(os.sched_getaffinity(0)), seconds: float = 15.0):
     """Control steps per second: stock ManiSkill (PushCube-v1, a picture every step), this, this with the policy."""
+    from data import simulators
     from policy import load_policy
-    context = mp.get_context("spawn")
-    ready, count = context.Barrier(workers), context.Queue()
-    processes = [context.Process(target=_stock, args=(seconds, ready, count)) for _ in range(workers)]
-    [p.start() for p in processes]
-    stock = sum(count.get() for _ in processes)
+    with simulators(workers) as pool:
+        stock = sum(pool.map(_stock, [seconds] * workers))
     print(f"stock ManiSkill, PushCube-v1, 64 x 64, {workers} processes: {stock:.0f} control steps/s")
 
     still = np.zeros((num_envs, chunk, 7), np.float32)

@@ -751,7 +751,7 @@ def serve(policy, args: Args):
 
 
 def provenance(args: Args) -> dict:
-    """What else it takes to get the same numbers again."""
+    """What else it takes to repeat the evaluation."""
     git = lambda *command: subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
     try:
         changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1

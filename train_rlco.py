@@ -53,6 +53,7 @@ class Args:
     num_envs: int = 128
     """environments, spread over the cores; each plays one episode, or more, an iteration"""
     update_epochs: int = 2
+    """passes over a rollout"""
     minibatch_size: int = 256
     """decisions (chunks) in a gradient step"""
     anchor_batch_size: int = 64
@@ -67,16 +68,23 @@ class Args:
     lr: float = 2e-5
     """learning rate of the policy; used beside the default: 1.5e-4 with --train expert, 5e-5 for tiny-openvla"""
     value_lr: float = 3e-3
+    """learning rate of the critic, the value head"""
     gamma: float = 0.99
     """discount of a decision (chunk)"""
     gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
     clip: float = 0.2
     """of the probability ratio"""
     value_clip: float = 0.2
+    """how far the clipped value may move from the one at the time of acting"""
     huber_delta: float = 10.0
+    """error of the value from which on its loss is linear"""
     value_coef: float = 0.5
+    """weight of the value loss"""
     entropy_coef: float = 0.0
+    """weight of the entropy bonus"""
     max_grad_norm: float = 1.0
+    """gradients are clipped to it, actor and critic together"""
     target_kl: float = 0.05
     """an iteration's update stops when the approximate KL divergence exceeds it (of the log-probability that the ratio
     is made of: the mean over the denoising chain of pi0.5, over the chunk's actions of OpenVLA)"""
@@ -89,6 +97,7 @@ class Args:
     eval_envs: int = 32
     """environments that evaluate in the target"""
     seed: int = 1
+    """of the episodes, the policy's noise and the batches"""
     out: Path = Path("runs/rlco")
     """folder of the run"""
     wandb: bool = False
@@ -213,6 +222,7 @@ def main(args: Args):
         torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
         print(f"{args.out}: resuming at iteration {start}")
 
+    write_file(args.out / "args.json", settings)
     if args.wandb:
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)

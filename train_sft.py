@@ -63,7 +63,9 @@ class Args:
     lr: float = 1e-3
     """peak learning rate; 2 % linear warm-up, then a cosine to a tenth"""
     weight_decay: float = 1e-4
+    """of AdamW"""
     max_grad_norm: float = 1.0
+    """gradients are clipped to it, all weights together"""
     evaluations: int = 2
     """evaluations in the twin and the target, the last one at the end"""
     eval_episodes: int = 64
@@ -73,6 +75,7 @@ class Args:
     workers: int | None = None
     """processes that load batches (default: none while all frames fit in memory, else one a core)"""
     seed: int = 1
+    """of the weights, the batches and the policy's noise"""
     out: Path = Path("runs/sft")
     """folder of the run"""
     wandb: bool = False
@@ -134,12 +137,12 @@ def main(args: Args):
         torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
         print(f"{args.out}: resuming at step {step}")
 
+    write_file(args.out / "args.json", settings)
     if args.wandb:
         import wandb
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     # what was logged at `step` stays: the step was finished
     writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1)
-    writer.add_text("args", "\n".join(f"    {k}: {v}" for k, v in settings.items()))
     twin, target = (envs.VecEnv(args.task, domain, args.num_envs)
                     for domain in (envs.TWIN, envs.target_domain(args.target)))
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")

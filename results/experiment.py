@@ -38,6 +38,8 @@ EXPERT = "--train expert --lr 1.5e-4 --iterations 20"  # fewer weights take larg
 REAL_DEMOS = (5, 10, 20, 50)
 ALPHAS = (0.5, 0.8, 0.95)
 BETAS = (0, 0.2, 1)
+DOMAINS = {"twin": "twin"} | {d: f"{name}, **not a real robot**" for d, name in dict(
+    standin="stand-in", mild="mild gap", strong="strong gap").items()}
 
 
 @dataclass
@@ -147,9 +149,10 @@ def run(cells, jobs):
         while running or any(map(ready, todo.values())):  # what else is left needs what has failed
             for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
                 del todo[cell.out]
-                # Stage II's metrics, for the figures, lie beside its evaluation.
-                if cell.script == "eval_real.py" and (metrics := Path(cell.start.out, "metrics.json")).exists():
-                    write_file(Path("results/raw", metrics.parent.name, "metrics.json"), metrics.read_bytes())
+                if cell.script == "eval_real.py":  # the run's settings, and stage II's metrics for the figures
+                    for file in (Path(cell.start.out, name) for name in ("args.json", "metrics.json")):
+                        if file.exists():
+                            write_file(Path("results/raw", file.parent.name, file.name), file.read_bytes())
                 with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
                     running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
                                                      env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
@@ -192,22 +195,26 @@ def shared(entries):
     return [{seed: entry[seed] for seed in entry if seed in seeds} for entry in entries]
 
 
-def rate(entry):
-    """Success with its 95 % Wilson interval, all episodes of all training seeds together; each seed's in brackets."""
-    if not entry:
-        return "–"
-    successes, episodes = map(sum, zip(*entry.values()))
-    low, high = wilson(successes, episodes)
-    each = f" ({', '.join(f'{100 * s / n:.0f}' for s, n in entry.values())})" if len(entry) > 1 else ""
-    return f"{100 * successes / episodes:.0f} % [{100 * low:.0f}, {100 * high:.0f}]{each}"
-
-
-def mean(entries):
-    """Mean over tasks that weigh alike; its Wilson interval is that of episodes that vary at least as much as it does."""
+def interval(entries):
+    """Mean success of tasks that weigh alike, all episodes of a task's training seeds together -> share, low, high: the
+    95 % Wilson interval of episodes that vary at least as much as it does."""
     successes, episodes = np.array([np.sum([*entry.values()], 0) for entry in entries], float).T
     share, n = np.mean(successes / episodes), len(entries) ** 2 / np.sum(1 / episodes)
-    low, high = wilson(share * n, n)
-    return f"{100 * share:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return share, *wilson(share * n, n)
+
+
+def compare(groups):
+    """Means of groups of entries (one task, or several) as text, in %; each training seed's own in brackets."""
+    known, cells = [interval(group) if all(group) else None for group in groups], []
+    for group, own in zip(groups, known):
+        if not own:
+            cells.append("–")
+            continue
+        text = "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in own))
+        best = all(other is own or other and own[1] > other[2] for other in known)
+        seeds = [f"{100 * np.mean([np.divide(*entry[seed]) for entry in group]):.0f}" for seed in group[0]]
+        cells.append((f"**{text}**" if best else text) + (f" ({', '.join(seeds)})" if len(seeds) > 1 else ""))
+    return cells
 
 
 def table(head, rows):
@@ -216,15 +223,20 @@ def table(head, rows):
 
 def report():
     success, metrics = collected()
-    text = ["# Results\n\nMade by `python results/experiment.py`. Success on unseen episodes, the same in every cell of a "
-            "table, with 95 % Wilson intervals over the episodes of all training seeds together (each seed's own rate in "
-            "brackets, where there are several): they say what these checkpoints do, not what another training seed "
-            "would. **The stand-in is a second simulated domain, not a real robot.** "
-            "Checkpoints are the best on validation seeds in the twin. What is compared has the same training seeds: "
-            "those that all cells have.\n"]
+    episodes = {n for domains in success.values() for entry in domains.values() for _, n in entry.values()}
+    text = [f"# Results\n\nMade by `python results/experiment.py`. Success in % of {' or '.join(map(str, episodes))} unseen "
+            "episodes for each training seed, the same in every cell of a table, with 95 % Wilson intervals over the "
+            "episodes of all training seeds together: they say what these checkpoints do, not what another training seed "
+            "would. Where there are several training seeds, each one's own rate is in brackets; else there is one. What "
+            "is compared has the same training seeds: those that all cells have. Bold: the interval lies above all that "
+            "it is compared with, the paradigms of a policy or the rows of an ablation. **The stand-in is a second "
+            "simulated domain, not a real robot.** Checkpoints are the best on validation seeds in the twin.\n"]
 
-    def rates(runs, domain, variation=None):
-        return map(rate, shared([success.get((run, variation), {}).get(domain, {}) for run in runs]))
+    def entries(runs, domain, variation=None):
+        return shared([success.get((run, variation), {}).get(domain, {}) for run in runs])
+
+    def rates(*which):
+        return compare([[entry] for entry in entries(*which)])
 
     def rl_section(title, name, start, runs, target="standin"):
         """Success and the imitation loss on held-out real demonstrations, before RL (the run `start`) and of the
@@ -244,28 +256,34 @@ def report():
                 runs, changes = {prefix + start: "before RL", **runs}, {"before RL": "", **changes}
             rows = [[label, twin, in_target, changes[label]] for label, twin, in_target in zip(
                 runs.values(), rates(runs, "twin"), rates(runs, target))]
-            text.append(f"## {title}\n\n" + table(["push cube, π0.5", "twin", target, "imitation loss, held-out real"], rows)
+            text.append(f"## {title}\n\n" + table(
+                            ["push cube, π0.5", "twin", DOMAINS[target], "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 
-    def main_section(label, policy, steps=""):
-        tasks = {task: [f"{task}-{policy}-{paradigm}{steps}" for paradigm in PARADIGMS] for task in TASKS
-                 if (f"{task}-{policy}-rlco{steps}", None) in success}
-        for domain in ("standin", "twin") if tasks else ():
-            rows = [[task, *rates(runs, domain)] for task, runs in tasks.items()]
-            cells = shared([success.get((run, None), {}).get(domain, {}) for runs in tasks.values() for run in runs])
-            if len(tasks) > 1 and all(cells):
-                rows.append([f"mean of {len(tasks)} tasks", *(mean(cells[i::len(PARADIGMS)]) for i in range(len(PARADIGMS)))])
-            if domain == "standin":
-                rows.append(["*the paper, real robot, 4 tasks*", *(f"*{x} %*" for x in PAPER[policy])])
-            text.append(f"## {label} (`{policy}`): {domain}\n\n" + table(["", *PARADIGMS.values()], rows))
-        if tasks:
-            plot({task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in metrics[runs[-1]].values()]
-                         for domain in ("twin", "standin")} for task, runs in tasks.items()}, f"results/main-{policy}{steps}.png")
-            text.append(f"Stage II on validation seeds, from stage I on:\n\n![](main-{policy}{steps}.png)\n")
+    def main_section(title, policies, steps=""):
+        for domain in ("standin", "twin"):
+            columns = []  # a policy's three, from the first task down to the paper's
+            for policy in policies:
+                runs = {task: [f"{task}-{policy}-{paradigm}{steps}" for paradigm in PARADIGMS] for task in TASKS}
+                cells = entries(sum(runs.values(), []), domain)
+                columns.append([*(rates(runs[task], domain) for task in TASKS),
+                                compare([cells[i::len(PARADIGMS)] for i in range(len(PARADIGMS))]),
+                                [f"*{x}*" for x in PAPER[policy]]])
+            names = [*TASKS, "mean", *["*the paper, real robot, mean of its four tasks*"] * (domain == "standin")]
+            text.append(f"## {title}: {DOMAINS[domain].split(',')[0]}\n\n" + table(
+                [DOMAINS[domain], *(f"{POLICIES[p]}: {paradigm}" for p in policies for paradigm in PARADIGMS.values())],
+                [[name, *sum(cells, [])] for name, *cells in zip(names, *columns)]))
+        for policy in policies:
+            logs = {task: metrics.get(f"{task}-{policy}-rlco{steps}", {}).values() for task in TASKS}
+            curves = {task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in ms] for domain in ("twin", "standin")}
+                      for task, ms in logs.items() if ms}
+            if curves:
+                plot(curves, f"results/main-{policy}{steps}.png")
+                text.append(f"{POLICIES[policy]}, stage II on validation seeds, from stage I on:\n\n"
+                            f"![](main-{policy}{steps}.png)\n")
 
-    for policy, label in POLICIES.items():
-        main_section(label, policy)
-    main_section("π0.5 after a stage I of 1000 steps", "tiny-pi05", "-steps1000")
+    main_section("Main table", POLICIES)
+    main_section("After a stage I of 1000 steps", ["tiny-pi05"], "-steps1000")
 
     rl_section("Forgetting, and the sweep of β", "forgetting", "sft",
                {"rlco" if b == 0.2 else f"rl-beta{b}": f"β = {b}" for b in BETAS})
@@ -282,22 +300,22 @@ def report():
              {a: f"push_cube-tiny-pi05-{{}}{f'-alpha{a}' if a != 0.8 else ''}" for a in ALPHAS}),
             ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
              {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n != 50 else ''}" for n in REAL_DEMOS})):
-        cells = shared([success.get((run.format(p), None), {}).get("standin", {})
-                        for p in paradigms for run in runs.values()])
+        cells = entries([run.format(p) for p in paradigms for run in runs.values()], "standin")
         if all(cells):
-            entries = {PARADIGMS[p]: cells[i * len(runs):][:len(runs)] for i, p in enumerate(paradigms)}
+            columns = {PARADIGMS[p]: cells[i * len(runs):][:len(runs)] for i, p in enumerate(paradigms)}
             plot({"": {label: [[(at, 100 * np.divide(*entry[seed])) for at, entry in zip(runs, column)]
                                for seed in column[0]]
-                       for label, column in entries.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
-            text.append(f"## {title}: stand-in\n\n" + table([x, *entries], [
-                [at, *map(rate, row)] for at, *row in zip(runs, *entries.values())]) + f"\n![]({name}.png)\n")
+                       for label, column in columns.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
+            text.append(f"## {title}\n\n" + table([f"{x} ({DOMAINS['standin']})", *columns], [
+                [at, *compare([[entry] for entry in row])] for at, *row in zip(runs, *columns.values())])
+                + f"\n![]({name}.png)\n")
 
     for policy, label in POLICIES.items():
         rows = [[f"{task}, unseen {variation}",
                  *rates([f"{task}-{policy}-{paradigm}" for paradigm in PARADIGMS], "standin", variation)]
                 for task in TASKS for variation in VARIATIONS if (f"{task}-{policy}-rlco", variation) in success]
         if rows:
-            text.append(f"## Unseen variations, {label}: stand-in\n\n" + table(["", *PARADIGMS.values()], rows))
+            text.append(f"## Unseen variations, {label}\n\n" + table([DOMAINS["standin"], *PARADIGMS.values()], rows))
     write_file(Path("results/README.md"), "\n".join(text).encode())
 
 

@@ -63,7 +63,8 @@ def test_the_experiment_gives_a_folder_to_each_run_and_a_run_to_each_checkpoint(
 
 def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_path, monkeypatch):
     """And only of those that all cells of a row have, in the mean of all cells."""
-    for task, seed, successes in (("push_cube", 1, 30), ("push_cube", 2, 50), ("pick_place", 1, 10)):
+    for task, seed, successes in (("push_cube", 1, 30), ("push_cube", 2, 50), ("pick_place", 1, 10), ("open_drawer", 1, 20),
+                                  ("close_drawer", 1, 20)):
         for paradigm, add in (("real", 0), ("sft", 5), ("rlco", 20)):
             name = f"{task}-tiny-pi05-{paradigm}-s{seed}"
             folder = tmp_path / "results/raw" / name
@@ -77,9 +78,9 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
     experiment.report()
     text = (tmp_path / "results/README.md").read_text()
     low, high = eval_real.wilson(120, 200)
-    rlco = f"60 % [{100 * low:.0f}, {100 * high:.0f}] (50, 70)"
-    assert f"| push_cube | 40 % [33, 47] (30, 50) | 45 % [38, 52] (35, 55) | {rlco} |" in text
-    assert "| mean of 2 tasks | 20 % [15, 26] | 25 % [20, 31] | 40 % [33, 47] |" in text  # of seed 1
+    rlco = f"**60 [{100 * low:.0f}, {100 * high:.0f}]** (50, 70)"
+    assert f"| push_cube | 40 [33, 47] (30, 50) | 45 [38, 52] (35, 55) | {rlco} | – | – | – |" in text
+    assert "| mean | 20 [16, 24] | 25 [21, 29] | **40 [35, 45]** | – | – | – |" in text  # of seed 1
     assert (tmp_path / "results/main-tiny-pi05.png").stat().st_size > 5000
 
 
@@ -96,13 +97,29 @@ def test_the_report_leaves_out_what_has_no_training_seed_in_common_yet(tmp_path,
     assert "Forgetting" not in (tmp_path / "results/README.md").read_text()
 
 
+def test_the_committed_tables_are_what_the_raw_results_give(tmp_path, monkeypatch):
+    root = Path(experiment.__file__).parents[1]
+    shutil.copytree(root / "results/raw", tmp_path / "results/raw")
+    monkeypatch.chdir(tmp_path)
+    experiment.report()
+    text = Path("results/README.md").read_text()
+    assert text == (root / "results/README.md").read_text()
+    tables = re.findall(r"^\| (?:stand-in|twin)\b.*(?:\n\|.*)+", (root / "README.md").read_text(), re.M)
+    assert len(tables) == 2 and all(table in text for table in tables)
+
+
 def test_tasks_weigh_alike_in_their_mean():
-    equal = experiment.mean([{1: (30, 100)}, {1: (50, 100)}])
-    twice = experiment.mean([{1: (30, 100), 2: (30, 100)}, {1: (50, 100)}])
-    low, high = eval_real.wilson(80, 200)
-    assert equal == f"40 % [{100 * low:.0f}, {100 * high:.0f}]"
+    assert experiment.interval([{1: (30, 100)}, {1: (50, 100)}]) == (0.4, *eval_real.wilson(80, 200))
+    share, low, high = experiment.interval([{1: (30, 100), 2: (30, 100)}, {1: (50, 100)}])
     error = 1.96 * ((0.24 / 200 + 0.24 / 100) / 4) ** 0.5  # of the mean of two rates, at 40 % both
-    assert twice == f"40 % [{40 - 100 * error:.0f}, {40 + 100 * error:.0f}]"
+    assert share == 0.4 and (low, high) == pytest.approx((0.4 - error, 0.4 + error), abs=0.01)
+
+
+def test_bold_is_what_is_above_all_it_is_compared_with():
+    apart, near, nothing = [{1: (90, 100)}], [{1: (80, 100)}], [{}]
+    assert experiment.compare([near, apart]) == ["80 [71, 87]", "90 [83, 94]"]
+    assert experiment.compare([[{1: (50, 100)}], apart, nothing]) == ["50 [40, 60]", "90 [83, 94]", "–"]
+    assert experiment.compare([[{1: (50, 100)}], apart]) == ["50 [40, 60]", "**90 [83, 94]**"]
 
 
 SCRIPT = """import json, pathlib, sys
