@@ -224,7 +224,7 @@ def table(head, rows):
 def report():
     success, metrics = collected()
     episodes = {n for domains in success.values() for entry in domains.values() for _, n in entry.values()}
-    text = [f"# Results\n\nMade by `python results/experiment.py`. Success in % of {' or '.join(map(str, episodes))} unseen "
+    text = [f"# Results\n\nMade by `python results/experiment.py`. Success in % of {' or '.join(map(str, sorted(episodes)))} unseen "
             "episodes for each training seed, the same in every cell of a table, with 95 % Wilson intervals over the "
             "episodes of all training seeds together: they say what these checkpoints do, not what another training seed "
             "would. Where there are several training seeds, each one's own rate is in brackets; else there is one. What "

@@ -112,7 +112,7 @@ def test_tasks_weigh_alike_in_their_mean():
     assert experiment.interval([{1: (30, 100)}, {1: (50, 100)}]) == (0.4, *eval_real.wilson(80, 200))
     share, low, high = experiment.interval([{1: (30, 100), 2: (30, 100)}, {1: (50, 100)}])
     error = 1.96 * ((0.24 / 200 + 0.24 / 100) / 4) ** 0.5  # of the mean of two rates, at 40 % both
-    assert share == 0.4 and (low, high) == pytest.approx((0.4 - error, 0.4 + error), abs=0.01)
+    assert share == 0.4 and (low, high) == pytest.approx((0.4 - error, 0.4 + error), abs=0.003)
 
 
 def test_bold_is_what_is_above_all_it_is_compared_with():
