@@ -38,8 +38,7 @@ EXPERT = "--train expert --lr 1.5e-4 --iterations 20"  # fewer weights take larg
 REAL_DEMOS = (5, 10, 20, 50)
 ALPHAS = (0.5, 0.8, 0.95)
 BETAS = (0, 0.2, 1)
-DOMAINS = {"twin": "twin"} | {d: f"{name}, **not a real robot**" for d, name in dict(
-    standin="stand-in", mild="mild gap", strong="strong gap").items()}
+DOMAINS = dict(twin="twin", standin="stand-in", mild="mild gap", strong="strong gap")
 
 
 @dataclass
@@ -217,6 +216,10 @@ def compare(groups):
     return cells
 
 
+def heading(domain):
+    return DOMAINS[domain] + ", **not a real robot**" * (domain != "twin")
+
+
 def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
@@ -257,7 +260,7 @@ def report():
             rows = [[label, twin, in_target, changes[label]] for label, twin, in_target in zip(
                 runs.values(), rates(runs, "twin"), rates(runs, target))]
             text.append(f"## {title}\n\n" + table(
-                            ["push cube, π0.5", "twin", DOMAINS[target], "imitation loss, held-out real"], rows)
+                            ["push cube, π0.5", "twin", heading(target), "imitation loss, held-out real"], rows)
                         + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
 
     def main_section(title, policies, steps=""):
@@ -270,8 +273,8 @@ def report():
                                 compare([cells[i::len(PARADIGMS)] for i in range(len(PARADIGMS))]),
                                 [f"*{x}*" for x in PAPER[policy]]])
             names = [*TASKS, "mean", *["*the paper, real robot, mean of its four tasks*"] * (domain == "standin")]
-            text.append(f"## {title}: {DOMAINS[domain].split(',')[0]}\n\n" + table(
-                [DOMAINS[domain], *(f"{POLICIES[p]}: {paradigm}" for p in policies for paradigm in PARADIGMS.values())],
+            text.append(f"## {title}: {DOMAINS[domain]}\n\n" + table(
+                [heading(domain), *(f"{POLICIES[p]}: {paradigm}" for p in policies for paradigm in PARADIGMS.values())],
                 [[name, *sum(cells, [])] for name, *cells in zip(names, *columns)]))
         for policy in policies:
             logs = {task: metrics.get(f"{task}-{policy}-rlco{steps}", {}).values() for task in TASKS}
@@ -306,7 +309,7 @@ def report():
             plot({"": {label: [[(at, 100 * np.divide(*entry[seed])) for at, entry in zip(runs, column)]
                                for seed in column[0]]
                        for label, column in columns.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
-            text.append(f"## {title}\n\n" + table([f"{x} ({DOMAINS['standin']})", *columns], [
+            text.append(f"## {title}\n\n" + table([f"{x} ({heading('standin')})", *columns], [
                 [at, *compare([[entry] for entry in row])] for at, *row in zip(runs, *columns.values())])
                 + f"\n![]({name}.png)\n")
 
@@ -315,7 +318,7 @@ def report():
                  *rates([f"{task}-{policy}-{paradigm}" for paradigm in PARADIGMS], "standin", variation)]
                 for task in TASKS for variation in VARIATIONS if (f"{task}-{policy}-rlco", variation) in success]
         if rows:
-            text.append(f"## Unseen variations, {label}\n\n" + table([DOMAINS["standin"], *PARADIGMS.values()], rows))
+            text.append(f"## Unseen variations, {label}\n\n" + table([heading("standin"), *PARADIGMS.values()], rows))
     write_file(Path("results/README.md"), "\n".join(text).encode())
 
 
