@@ -1,4 +1,4 @@
-# make demo: set-up, stage I, stage II, comparison.   make test: set-up, test suite.
+# make demo: set-up, stage I, stage II, comparison.   make test: set-up, ruff, test suite.
 # make results: every run, table and figure of results/. A finished run is not run again, a killed one goes on.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,20 +13,23 @@ demo: setup
 	$(PY) eval_real.py
 
 test: setup .venv/robot
-	@$(PY) -m pytest tests
+	@$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pytest tests
 
 results: setup
-	@$(PY) results/experiment.py
+	@$(PY) -m results.experiment
 	$(PY) envs.py show --out results/domains.png
 
 # openpi-client pins numpy < 2 and runs with numpy 2 all the same.
 .venv/robot: requirements-robot.txt .venv/installed
-	@$(PY) -m pip install -r requirements-robot.txt
+	@$(PY) -m pip install -r requirements-robot.txt -c constraints.txt
 	$(PY) -m pip install --no-deps openpi-client==0.1.2
 	touch $@
 
-# Touched last, so that an interrupted installation is taken up again.
-.venv/installed: requirements.txt
+# Touched last, so that an interrupted installation is taken up again. The constraints are the versions that were tested:
+# what comes out later, here or among what these need, changes nothing.
+.venv/installed: requirements.txt constraints.txt
 	@if ! $(PY) -m pip --version &>/dev/null; then
 	  for python in python3 python3.11 python3.12 ""; do
 	    $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])' \
@@ -36,7 +39,7 @@ results: setup
 	    "apt install python3-venv), then make again." >&2; exit 1; }
 	  $$python -m venv --clear .venv
 	fi
-	$(PY) -m pip install -r requirements.txt
+	$(PY) -m pip install -r requirements.txt -c constraints.txt
 	touch $@
 
 # A real picture: a device that is listed may still fail to render. SAPIEN's cheapest shader keeps it at half a second.

@@ -1,31 +1,29 @@
 """Demonstrations: LeRobot datasets in and out, their statistics, the alpha-mixture of stage I, and their collection.
 
-    python data.py                                  # scripted demonstrations of push cube: twin, stand-in, validation
-    python data.py --num-twin 1000 --workers 8      # more of them, on more cores
-    python data.py record --robot-ip 172.16.0.2     # demonstrations on a real Franka, by keyboard or by hand
+    python data.py collect                                  # scripted demonstrations: twin, stand-in, validation
+    python data.py collect --num-twin 1000 --workers 8      # more of them, on more cores
+    python data.py record --robot-ip 172.16.0.2             # demonstrations on a real Franka, by keyboard or by hand
 
 A dataset is a folder in LeRobot's format: v3.0 is written, v2.1 and v3.0 are read, so it may as well come from a real
 robot or from the Hub. State and action have 7 dimensions; units and frames are those of envs.py.
 """
-import contextlib
+
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
-import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
@@ -37,15 +35,29 @@ import tyro
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-IMAGE, STATE, ACTION = "observation.images.base_0_rgb", "observation.state", "action"
+from checkpoints import UserError, one_line_errors
+
+# envs.py is imported in the functions that collect: whoever only reads datasets needs no simulator.
+
+IMAGE = "observation.images.base_0_rgb"
+STATE = "observation.state"
+ACTION = "action"
 DIMS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")  # of state and action
-FILE_BYTES, FILES_PER_CHUNK = 100 << 20, 1000  # beyond these (data and video) a new file, a new folder is begun
+FILE_BYTES = 100 << 20  # a file (data and video) that is larger gets no further episode
+FILES_PER_CHUNK = 1000  # a "chunk" is a folder of files
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 
-# ----------------------------------------------------------------------------------------------------------- statistics
+def demos_path(task: str, domain_name: str, held_out: bool = False, folder: Path = Path("demos")) -> Path:
+    """Where the demonstrations of a task in a domain are; `held_out` ones are for validation."""
+    return folder / f"{task}-{domain_name}{'-val' if held_out else ''}"
+
+
+# ---- statistics -------------------------------------------------------------------------------------------------
+
+
 def _stats(x):
     """LeRobot's statistics of x [N] or [N,D], over N."""
     x = np.asarray(x, np.float64).reshape(len(x), -1)
@@ -55,45 +67,66 @@ def _stats(x):
 
 def _image_stats(histogram, count):
     """The same for images: [3,1,1], pixels in 0..1; from how many pixels have each of the 256 values, [3,256]."""
-    value, pixels = np.arange(256) / 255, histogram[0].sum()
+    value = np.arange(256) / 255
+    pixels = histogram[0].sum()
     mean = histogram @ value / pixels
     stats = dict(mean=mean, std=np.sqrt(np.maximum(histogram @ value**2 / pixels - mean**2, 0)))
     for name, q in {"min": 0, "max": 1, **QUANTILES}.items():
-        stats[name] = value[(histogram.cumsum(1) >= max(q * pixels, 1)).argmax(1)]
+        reached = histogram.cumsum(1) >= max(q * pixels, 1)
+        stats[name] = value[reached.argmax(1)]  # argmax: the first that is True
     return {name: x.reshape(3, 1, 1) for name, x in stats.items()} | {"count": np.array([count])}
 
 
-def statistics(*datasets):
-    """Statistics of the union of `datasets` (Demonstrations), for the policy's normalisation.
+def statistics(*datasets: "Demonstrations") -> dict[str, dict[str, list[float]]]:
+    """Statistics of the union of `datasets`, for the policy's normalisation.
 
     Returns {"observation.state": {"mean", "std", "min", "max", "q01", "q99"}, "action": the same}: LeRobot's key names,
     each a list of 7 floats. The quantiles are exact, not averages over episodes.
     """
-    union = {STATE: np.concatenate([d.state for d in datasets]), ACTION: np.concatenate([d.action for d in datasets])}
-    return {key: {name: stat.tolist() for name, stat in _stats(x).items()
-                  if name in ("mean", "std", "min", "max", "q01", "q99")} for key, x in union.items()}
+    names = ("mean", "std", "min", "max", "q01", "q99")
+    state = _stats(np.concatenate([dataset.state for dataset in datasets]))
+    action = _stats(np.concatenate([dataset.action for dataset in datasets]))
+    return {
+        STATE: {name: state[name].tolist() for name in names},
+        ACTION: {name: action[name].tolist() for name in names},
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
 class DatasetWriter:
-    """Writes a LeRobot v3.0 dataset, one episode at a time; a context manager.
+    """Writes a LeRobot v3.0 dataset at `fps` Hz, one episode at a time; a context manager.
 
     `path` appears, complete, when the `with` block ends; if that fails or is interrupted, nothing is left behind. What
-    exists is never written into (FileExistsError). Frames become PNG columns, which are exact, or with `video=True`
-    H.264 video, which is lossy and several times smaller.
+    exists is never written into (UserError). Frames become PNG columns, which are exact, or with `video=True` H.264
+    video, which is lossy and several times smaller.
     """
 
-    def __init__(self, path, fps, video=False):
-        self.path, self.fps, self.video = Path(path), fps, video
-        if self.path.exists():
-            raise FileExistsError(f"{self.path} exists already: delete it, or choose another folder")
+    def __init__(self, path: str | Path, fps: float, video: bool = False):
+        self.path = Path(path)
+        self.fps = fps
+        self.video = video
+        self._refuse_what_exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
         self.root = self.temporary / "dataset"  # mkdtemp's own folder is closed to other users
         (self.root / "meta/episodes/chunk-000").mkdir(parents=True)
-        self.episodes, self.tasks, self.columns, self.frames = [], {}, [], 0
-        self.histogram = np.zeros((3, 256), np.int64)
-        self.files, self.file_index, self.data_file, self.video_file = [], -1, None, None
+        self.image_shape = None  # (H, W, 3) of the first episode, and so of all
+        self.episodes = []  # a row of meta/episodes each
+        self.tasks = {}  # prompt -> its task_index
+        self.columns = []  # of each episode, without the images, for the statistics of all
+        self.num_frames = 0
+        self.histogram = np.zeros((3, 256), np.int64)  # of the pixels of all images, by colour
+        self.file_index = -1  # of the files below, which are open while they have less than FILE_BYTES
+        self.data_file = None
+        self.video_file = None
+        self.video_stream = None
+        self.video_frames = 0  # frames in video_file
+
+    def _refuse_what_exists(self):
+        if self.path.exists():
+            raise UserError(f"{self.path} exists already: delete it, or choose another folder")
 
     def __enter__(self):
         return self
@@ -103,133 +136,212 @@ class DatasetWriter:
             self._close_files()
             if error is None:
                 self._write_meta()
+                self._refuse_what_exists()  # once more: another process may have been faster
                 os.rename(self.root, self.path)
         finally:
             shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def add_episode(self, episode):
+    def add_episode(self, episode: dict) -> None:
         """Append {"image" uint8 [T,H,W,3], "state" [T,7], "action" [T,7], "prompt" str} and, if it has them,
-        "seed" int. ValueError for wrong shapes, different lengths, NaN."""
-        image, prompt = np.asarray(episode["image"]), str(episode["prompt"])
-        state, action = (np.asarray(episode[key], np.float32) for key in ("state", "action"))
-        number, length, where = len(self.episodes), len(image), f"{self.path}: episode {len(self.episodes)}"
-        self.shape = self.shape if self.episodes else image.shape[1:]
-        if image.dtype != np.uint8 or image.ndim != 4 or not length or image.shape[1:] != (*self.shape[:2], 3):
-            raise ValueError(f"{where}: image must be uint8 [T,H,W,3], of one size, not {image.dtype} {image.shape}")
-        for name, x in (("state", state), ("action", action)):
-            if x.shape != (length, len(DIMS)):
-                raise ValueError(f"{where}: {name} has shape {x.shape}, {(length, len(DIMS))} is needed")
-            if not np.isfinite(x).all():
-                raise ValueError(f"{where}: {name} has a NaN or an infinity")
-        if self.video and (self.shape[0] % 2 or self.shape[1] % 2):
-            raise ValueError(f"{where}: H.264 needs an even height and width, not {self.shape[:2]}; use video=False")
+        "seed" int. UserError for wrong shapes, different lengths, NaN."""
+        image = np.asarray(episode["image"])
+        state = np.asarray(episode["state"], np.float32)
+        action = np.asarray(episode["action"], np.float32)
+        prompt = str(episode["prompt"])
+        number = len(self.episodes)
+        length = len(image)
+        self._check_episode(image, state, action)
+        self.image_shape = image.shape[1:]
 
         frame = np.arange(length)
-        columns = {STATE: state, ACTION: action, "timestamp": (frame / self.fps).astype(np.float32),
-                   "frame_index": frame, "episode_index": np.full(length, number), "index": self.frames + frame,
-                   "task_index": np.full(length, self.tasks.setdefault(prompt, len(self.tasks)))}
-        table = {key: pa.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1]) if x.ndim == 2 else pa.array(x)
-                 for key, x in columns.items()}
-        if not self.video:
-            pngs = pa.array(map(_encode_png, image), pa.binary())
-            table[IMAGE] = pa.StructArray.from_arrays([pngs, pa.nulls(length, pa.string())], ["bytes", "path"])
-        table = pa.table(table)
-        if not self.files or sum(path.stat().st_size for path in self.files if path.exists()) > FILE_BYTES:
+        columns = {
+            STATE: state,
+            ACTION: action,
+            "timestamp": (frame / self.fps).astype(np.float32),
+            "frame_index": frame,
+            "episode_index": np.full(length, number),
+            "index": self.num_frames + frame,
+            "task_index": np.full(length, self.tasks.setdefault(prompt, len(self.tasks))),
+        }
+        table = self._table(columns, image)
+        if self._files_are_full():
             self._close_files()
             self._open_files(table.schema)
         self.data_file.write_table(table)  # a row group an episode: its frames can be read without the others
 
-        histogram = np.stack([np.bincount(image[..., c].ravel(), minlength=256) for c in range(3)])
-        stats = {key: _stats(x) for key, x in columns.items()} | {IMAGE: _image_stats(histogram, length)}
-        row = {"episode_index": number, "tasks": [prompt], "length": length,
-               "dataset_from_index": self.frames, "dataset_to_index": self.frames + length,
-               "meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        for kind in ("data", f"videos/{IMAGE}")[:1 + self.video]:
-            row[f"{kind}/chunk_index"], row[f"{kind}/file_index"] = divmod(self.file_index, FILES_PER_CHUNK)
+        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
+        row = {
+            "episode_index": number,
+            "tasks": [prompt],
+            "length": length,
+            "dataset_from_index": self.num_frames,
+            "dataset_to_index": self.num_frames + length,
+            "meta/episodes/chunk_index": 0,
+            "meta/episodes/file_index": 0,
+            "data/chunk_index": chunk_index,
+            "data/file_index": file_index,
+        }
         if self.video:
+            row[f"videos/{IMAGE}/chunk_index"] = chunk_index
+            row[f"videos/{IMAGE}/file_index"] = file_index
             row[f"videos/{IMAGE}/from_timestamp"] = self.video_frames / self.fps
-            row[f"videos/{IMAGE}/to_timestamp"] = (self.video_frames + length) / self.fps
-            for picture in image:
-                picture = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                picture.pts, picture.time_base = self.video_frames, 1 / Fraction(self.fps)
-                self.video_file.mux(self.stream.encode(picture))
-                self.video_frames += 1
-        row |= {"seed": int(episode["seed"])} if "seed" in episode else {}
+            self._write_video(image)
+            row[f"videos/{IMAGE}/to_timestamp"] = self.video_frames / self.fps
+        if "seed" in episode:
+            row["seed"] = int(episode["seed"])
+        histogram = np.stack([np.bincount(image[..., colour].ravel(), minlength=256) for colour in range(3)])
+        stats = {key: _stats(x) for key, x in columns.items()} | {IMAGE: _image_stats(histogram, length)}
         row |= {f"stats/{key}/{name}": x.tolist() for key, stat in stats.items() for name, x in stat.items()}
+
         self.episodes.append(row)
         self.columns.append(columns)
         self.histogram += histogram
-        self.frames += length
+        self.num_frames += length
+
+    def _check_episode(self, image, state, action):
+        where = f"{self.path}: episode {len(self.episodes)}"
+        height_width = (self.image_shape or image.shape[1:])[:2]
+        if image.dtype != np.uint8 or image.ndim != 4 or len(image) == 0 or image.shape[1:] != (*height_width, 3):
+            raise UserError(f"{where}: image must be uint8 [T,H,W,3], of one size, not {image.dtype} {image.shape}")
+        for name, x in (("state", state), ("action", action)):
+            if x.shape != (len(image), len(DIMS)):
+                raise UserError(f"{where}: {name} has shape {x.shape}, {(len(image), len(DIMS))} is needed")
+            if not np.isfinite(x).all():
+                raise UserError(f"{where}: {name} has a NaN or an infinity")
+        if self.video and any(size % 2 for size in height_width):
+            raise UserError(f"{where}: H.264 needs an even height and width, not {height_width}; use video=False")
+
+    def _table(self, columns, image):
+        table = {}
+        for key, x in columns.items():
+            table[key] = pa.array(x) if x.ndim == 1 else pa.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1])
+        if not self.video:
+            pngs = pa.array(map(_encode_png, image), pa.binary())
+            table[IMAGE] = pa.StructArray.from_arrays([pngs, pa.nulls(len(image), pa.string())], ["bytes", "path"])
+        return pa.table(table)
+
+    def _file(self, template):
+        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
+        return self.root / template.format(video_key=IMAGE, chunk_index=chunk_index, file_index=file_index)
+
+    def _files_are_full(self):
+        """Whether the next episode begins new files: also where none is open."""
+        if self.data_file is None:
+            return True
+        size = self._file(DATA_PATH).stat().st_size
+        if self.video and self._file(VIDEO_PATH).exists():  # the first packets of a video may still be in the encoder
+            size += self._file(VIDEO_PATH).stat().st_size
+        return size > FILE_BYTES
 
     def _open_files(self, schema):
         self.file_index += 1
-        chunk, number = divmod(self.file_index, FILES_PER_CHUNK)
-        self.files = [self.root / template.format(video_key=IMAGE, chunk_index=chunk, file_index=number)
-                      for template in (DATA_PATH, VIDEO_PATH)[:1 + self.video]]
-        for path in self.files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self.data_file = pq.ParquetWriter(self.files[0], schema)
+        data_path = self._file(DATA_PATH)
+        data_path.parent.mkdir(parents=True, exist_ok=True)
+        self.data_file = pq.ParquetWriter(data_path, schema)
         if self.video:
-            self.video_file, self.video_frames = av.open(str(self.files[1]), "w"), 0
+            video_path = self._file(VIDEO_PATH)
+            video_path.parent.mkdir(parents=True, exist_ok=True)
+            self.video_file = av.open(str(video_path), "w")
+            self.video_frames = 0
             # Every second frame is a key frame, as in LeRobot: any frame decodes from at most one other.
-            self.stream = self.video_file.add_stream("libx264", rate=Fraction(self.fps),
-                                                     options={"crf": "18", "g": "2"})
-            self.stream.height, self.stream.width, self.stream.pix_fmt = *self.shape[:2], "yuv420p"
+            options = {"crf": "18", "g": "2"}
+            self.video_stream = self.video_file.add_stream("libx264", rate=Fraction(self.fps), options=options)
+            self.video_stream.height = self.image_shape[0]
+            self.video_stream.width = self.image_shape[1]
+            self.video_stream.pix_fmt = "yuv420p"
+
+    def _write_video(self, image):
+        for picture in image:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = self.video_frames
+            frame.time_base = 1 / Fraction(self.fps)
+            self.video_file.mux(self.video_stream.encode(frame))
+            self.video_frames += 1
 
     def _close_files(self):
         if self.data_file:
             self.data_file.close()
         if self.video_file:
-            self.video_file.mux(self.stream.encode())  # the frames that the encoder still holds
+            self.video_file.mux(self.video_stream.encode())  # the frames that the encoder still holds
             self.video_file.close()
-        self.data_file, self.video_file, self.files = None, None, []
+        self.data_file = None
+        self.video_file = None
 
     def _write_meta(self):
         if not self.episodes:
-            raise ValueError(f"{self.path}: there is no episode to write")
+            raise UserError(f"{self.path}: there is no episode to write")
         meta = self.root / "meta"
-        vector = {"dtype": "float32", "shape": [len(DIMS)], "names": list(DIMS)}
-        image = {"dtype": "image", "shape": list(self.shape), "names": ["height", "width", "channels"]}
-        if self.video:
-            image |= {"dtype": "video", "info": {
-                "video.height": self.shape[0], "video.width": self.shape[1], "video.channels": 3, "video.codec": "h264",
-                "video.pix_fmt": "yuv420p", "video.fps": self.fps, "video.is_depth_map": False, "has_audio": False}}
-        scalars = {key: {"dtype": str(x.dtype), "shape": [1], "names": None}
-                   for key, x in self.columns[0].items() if x.ndim == 1}
-        info = {"codebase_version": "v3.0", "robot_type": "panda", "total_episodes": len(self.episodes),
-                "total_frames": self.frames, "total_tasks": len(self.tasks), "chunks_size": FILES_PER_CHUNK,
-                "data_files_size_in_mb": FILE_BYTES >> 20, "video_files_size_in_mb": FILE_BYTES >> 20, "fps": self.fps,
-                "splits": {"train": f"0:{len(self.episodes)}"}, "data_path": DATA_PATH,
-                "video_path": VIDEO_PATH if self.video else None,
-                "features": {IMAGE: image, STATE: vector, ACTION: vector, **scalars}}
         stats = {key: _stats(np.concatenate([c[key] for c in self.columns])) for key in self.columns[0]}
-        stats[IMAGE] = _image_stats(self.histogram, self.frames)
+        stats[IMAGE] = _image_stats(self.histogram, self.num_frames)
         stats = {key: {name: x.tolist() for name, x in stat.items()} for key, stat in stats.items()}
-        (meta / "info.json").write_text(json.dumps(info, indent=4))
+        (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
         (meta / "stats.json").write_text(json.dumps(stats, indent=4))
         pq.write_table(pa.Table.from_pylist(self.episodes), meta / "episodes/chunk-000/file-000.parquet")
         # LeRobot looks tasks up in a pandas index: this metadata makes the column one, without needing pandas here.
-        tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
-        columns = [{"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
-                   for name, kind, dtype in (("task_index", "int64", "int64"), ("task", "unicode", "object"))]
+        columns = [
+            {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
+            for name, kind, dtype in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
+        ]
         pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
+        tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
         pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), meta / "tasks.parquet")
 
+    def _info(self):
+        """The content of meta/info.json."""
+        height, width, _ = self.image_shape
+        image = {"dtype": "image", "shape": list(self.image_shape), "names": ["height", "width", "channels"]}
+        if self.video:
+            image["dtype"] = "video"
+            image["info"] = {
+                "video.height": height,
+                "video.width": width,
+                "video.channels": 3,
+                "video.codec": "h264",
+                "video.pix_fmt": "yuv420p",
+                "video.fps": self.fps,
+                "video.is_depth_map": False,
+                "has_audio": False,
+            }
+        vector = {"dtype": "float32", "shape": [len(DIMS)], "names": list(DIMS)}
+        features = {IMAGE: image, STATE: vector, ACTION: vector}
+        for key, x in self.columns[0].items():
+            if x.ndim == 1:
+                features[key] = {"dtype": str(x.dtype), "shape": [1], "names": None}
+        return {
+            "codebase_version": "v3.0",
+            "robot_type": "panda",
+            "total_episodes": len(self.episodes),
+            "total_frames": self.num_frames,
+            "total_tasks": len(self.tasks),
+            "chunks_size": FILES_PER_CHUNK,
+            "data_files_size_in_mb": FILE_BYTES >> 20,
+            "video_files_size_in_mb": FILE_BYTES >> 20,
+            "fps": self.fps,
+            "splits": {"train": f"0:{len(self.episodes)}"},
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self.video else None,
+            "features": features,
+        }
 
-def _encode_png(image):
+
+def _encode_png(picture):
     encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width, encoder.pix_fmt, encoder.time_base = *image.shape[:2], "rgb24", Fraction(1)
-    return bytes(encoder.encode(av.VideoFrame.from_ndarray(image, format="rgb24"))[0])
+    encoder.height, encoder.width = picture.shape[:2]
+    encoder.pix_fmt = "rgb24"
+    encoder.time_base = Fraction(1)
+    return bytes(encoder.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))[0])
 
 
-def write_dataset(path, episodes, fps, video=False):
-    """Write an iterable of episodes (see DatasetWriter.add_episode) as a LeRobot v3.0 dataset, whole or not at all."""
+def write_dataset(path: str | Path, episodes: Iterable[dict], fps: float, video: bool = False) -> None:
+    """Write episodes (see DatasetWriter.add_episode) as a LeRobot v3.0 dataset, whole or not at all."""
     with DatasetWriter(path, fps, video) as writer:
         for episode in episodes:
             writer.add_episode(episode)
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Demonstrations:
     """N frames of E episodes, in order. len() is N."""
@@ -240,85 +352,105 @@ class Demonstrations:
     action: np.ndarray  # float32 [N,7]
     prompt: np.ndarray  # str objects [N]
     bounds: np.ndarray  # int [E+1]: episode e is the frames bounds[e] .. bounds[e+1]-1
-    frames: object  # frames[int array [n]] -> uint8 [n,H,W,3]: an array in memory, or FramesOnDisk
-    image_shape: tuple  # (H, W, 3)
+    frames: "np.ndarray | FramesOnDisk"  # frames[int array [n]] -> uint8 [n,H,W,3]
+    image_shape: tuple[int, int, int]  # (H, W, 3)
 
     def __len__(self):
         return len(self.state)
 
 
-def load_dataset(path, max_bytes=4 << 30, num_episodes=None, fps=None):
-    """Read a LeRobot dataset, v2.1 or v3.0, images as video or as image columns -> Demonstrations.
+def load_dataset(
+    path: str | Path, max_bytes: int = 4 << 30, num_episodes: int | None = None, fps: float | None = None
+) -> Demonstrations:
+    """Read a LeRobot dataset, v2.1 or v3.0, images as video or as image columns.
 
     The camera is "observation.images.base_0_rgb", or the only one there is. Frames are decoded into memory if they
     take at most `max_bytes`, otherwise on access. With `num_episodes` only the first so many are kept.
-    FileNotFoundError or ValueError with one line that names the file and the episode: no dataset, unknown version,
-    recorded at another rate than `fps`, corrupt or missing files, wrong shapes or lengths, NaN.
+    UserError with one line that names the file and the episode: no dataset, unknown version, recorded at another rate
+    than `fps` (Hz), corrupt or missing files, wrong shapes or lengths, NaN.
     """
-    root = Path(path)
+    meta = _read_meta(Path(path), fps)
+    state, action, task = _read_rows(meta)
+    prompt = np.array([meta.tasks[i] for i in task.tolist()], object)
+
+    if num_episodes is not None and not 1 <= num_episodes <= len(meta.episodes):
+        raise UserError(f"{path} has {len(meta.episodes)} episodes, of which {num_episodes} cannot be used")
+    episodes = meta.episodes[:num_episodes]
+    bounds = np.cumsum([0] + [episode.length for episode in episodes])
+    end = bounds[-1]
+
+    frames = FramesOnDisk(episodes, bounds, meta.image_shape, meta.fps, None if meta.is_video else meta.camera)
+    frames.check_files()
+    if end * math.prod(meta.image_shape) <= max_bytes:
+        frames = frames.decode(np.arange(end))
+    return Demonstrations(
+        meta.root, meta.fps, state[:end], action[:end], prompt[:end], bounds, frames, meta.image_shape
+    )
+
+
+@dataclass
+class Episode:
+    """Where an episode of a dataset on disk is."""
+
+    index: int  # its number in the dataset
+    length: int  # frames
+    data_file: Path  # the parquet file with its rows
+    image_file: Path  # the file with its images: a video, or data_file again
+    first: int | None  # its first frame in the video; for image columns its first row, known when that file is read
+
+
+@dataclass
+class Meta:
+    """What the meta folder of a dataset on disk says."""
+
+    root: Path
+    fps: float  # Hz
+    camera: str  # the feature with the images
+    is_video: bool  # or else an image column
+    image_shape: tuple[int, int, int]  # (H, W, 3)
+    episodes: list[Episode]
+    tasks: dict[int, str]  # by task_index
+
+
+def _read_meta(root, fps) -> Meta:
     if not (root / "meta/info.json").exists():
-        raise FileNotFoundError(f"{root} is no LeRobot dataset: no meta/info.json (`python data.py` collects datasets)")
+        raise UserError(f"{root} is no LeRobot dataset: no meta/info.json (`python data.py collect` collects datasets)")
     info = _read_json(root / "meta/info.json")
     try:
-        recorded, shapes = info["fps"], {key: tuple(feature["shape"]) for key, feature in info["features"].items()}
-        cameras = {key: f["dtype"] for key, f in info["features"].items() if f["dtype"] in ("image", "video")}
+        recorded = info["fps"]
+        shapes = {key: tuple(feature["shape"]) for key, feature in info["features"].items()}
+        cameras = [key for key, feature in info["features"].items() if feature["dtype"] in ("image", "video")]
         if info["codebase_version"] not in ("v2.1", "v3.0"):
-            raise ValueError(f"{root}: codebase_version {info['codebase_version']} is not v2.1 or v3.0")
-        if recorded != (fps or recorded):
-            raise ValueError(f"{root} is recorded at {recorded} Hz, not at {fps} Hz: its actions mean other motions")
+            raise UserError(f"{root}: codebase_version {info['codebase_version']} is not v2.1 or v3.0")
+        if fps and recorded != fps:
+            raise UserError(f"{root} is recorded at {recorded} Hz, not at {fps} Hz: its actions mean other motions")
         for key in (STATE, ACTION):
             if shapes.get(key) != (len(DIMS),):
-                raise ValueError(f"{root}: {key} has shape {shapes.get(key)}, ({len(DIMS)},) needed: {' '.join(DIMS)}")
+                raise UserError(f"{root}: {key} has shape {shapes.get(key)}, ({len(DIMS)},) needed: {' '.join(DIMS)}")
         if IMAGE not in cameras and len(cameras) != 1:
-            raise ValueError(f"{root}: a camera {IMAGE} is needed, or only one camera; it has {list(cameras)}")
-        camera = IMAGE if IMAGE in cameras else list(cameras)[0]
-        is_video, shape = cameras[camera] == "video", shapes[camera]
-        shape = shape[1:] + shape[:1] if shape[0] == 3 != shape[-1] else shape  # some datasets say channels first
-        episodes, tasks = _read_episodes(root, info, camera if is_video else None), _read_tasks(root, info)
-    except (LookupError, TypeError, AttributeError, StopIteration) as error:
-        raise ValueError(f"{root}/meta: corrupt or incomplete ({error!r})") from None
+            raise UserError(f"{root}: a camera {IMAGE} is needed, or only one camera; it has {cameras}")
 
-    state, action, task = [], [], []
-    for data_path, group in itertools.groupby(episodes, key=lambda episode: episode["data"]):
-        group = list(group)
-        table = _read_table(data_path, [STATE, ACTION, "episode_index", "task_index"], f"episode {group[0]['index']}")
-        index, lengths = table["episode_index"].to_numpy(), [episode["length"] for episode in group]
-        if not np.array_equal(index, np.repeat([episode["index"] for episode in group], lengths)):
-            wrong = next((e for e in group if np.count_nonzero(index == e["index"]) != e["length"]), group[0])
-            raise ValueError(f"{data_path}: rows do not match the metadata: episode {wrong['index']} has "
-                             f"{np.count_nonzero(index == wrong['index'])} rows, its length is {wrong['length']}")
-        for episode, row in zip(group, np.cumsum([0] + lengths)):
-            episode.setdefault("first", row)
-        state.append(_read_vectors(table, STATE, data_path))
-        action.append(_read_vectors(table, ACTION, data_path))
-        task.append(table["task_index"].to_numpy())
-    bounds, task = np.cumsum([0] + [episode["length"] for episode in episodes]), np.concatenate(task)
-    if (bad := np.flatnonzero(~np.isin(task, list(tasks)))).size:
-        raise ValueError(f"{root}/meta: no task {task[bad[0]]}, which frame {bad[0]} of the dataset names")
-
-    if num_episodes is not None and not 1 <= num_episodes <= len(episodes):
-        raise ValueError(f"{root} has {len(episodes)} episodes, of which {num_episodes} cannot be used")
-    episodes, bounds = episodes[:num_episodes], bounds[:num_episodes and num_episodes + 1]
-    state, action, task = (np.concatenate(x)[:bounds[-1]] for x in (state, action, [task]))
-    for episode in episodes:
-        if not episode["file"].exists():
-            raise FileNotFoundError(f"{episode['file']}: missing; the images of episode {episode['index']} are in it")
-    prompt = np.array([tasks[i] for i in task.tolist()], object)
-    frames = FramesOnDisk(episodes, bounds, shape, recorded, None if is_video else camera)
-    if bounds[-1] * math.prod(shape) <= max_bytes:
-        frames = frames.decode(np.arange(bounds[-1]))
-    else:  # a file that ends too early is found now, and not hours into the training
-        last_of_file = {episode["file"]: end - 1 for episode, end in zip(episodes, bounds[1:])}
-        frames.decode(np.sort(list(last_of_file.values())))
-    return Demonstrations(root, recorded, state, action, prompt, bounds, frames, shape)
+        camera = IMAGE if IMAGE in cameras else cameras[0]
+        is_video = info["features"][camera]["dtype"] == "video"
+        image_shape = shapes[camera]
+        if image_shape[0] == 3 and image_shape[-1] != 3:  # some datasets say channels first
+            image_shape = (image_shape[1], image_shape[2], 3)
+        episodes = _read_episodes(root, info, camera if is_video else None)
+        return Meta(root, recorded, camera, is_video, image_shape, episodes, _read_tasks(root, info))
+    except (LookupError, TypeError, AttributeError, StopIteration) as error:  # JSON that lacks or has something else
+        raise UserError(f"{root}/meta: corrupt or incomplete ({error!r})") from None
 
 
 def _read_json(path, lines=False):
     try:
         text = path.read_text()
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        if lines:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
     except ValueError as error:
-        raise ValueError(f"{path}: corrupt, no JSON ({error})") from None
+        raise UserError(f"{path}: corrupt, no JSON ({error})") from None
 
 
 def _read_table(path, columns, what):
@@ -327,31 +459,13 @@ def _read_table(path, columns, what):
         table = pq.ParquetFile(path).read(columns=columns)
         return table.select(columns or table.column_names)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing; {what} should be in it") from None
+        raise UserError(f"{path}: missing; {what} should be in it") from None
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f"{path}: truncated or corrupt; {what} should be in it ({error})") from None
+        raise UserError(f"{path}: truncated or corrupt; {what} should be in it ({error})") from None
 
 
-def _read_vectors(table, key, path):
-    """A list column as float32 [n,7]."""
-    try:
-        column = table[key].combine_chunks().cast(pa.list_(pa.float32()))
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: {key} is no column of lists of numbers ({error})") from None
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    if (bad := np.flatnonzero(lengths != len(DIMS))).size:
-        raise ValueError(f"{path}: {key} has {lengths[bad[0]]} values in episode {table['episode_index'][bad[0]]}, "
-                         f"row {bad[0]}; {len(DIMS)} are needed")
-    x = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(DIMS))
-    if (bad := np.flatnonzero(~np.isfinite(x).all(1))).size:
-        raise ValueError(f"{path}: {key} has a NaN or an infinity in episode {table['episode_index'][bad[0]]}, "
-                         f"row {bad[0]}")
-    return x
-
-
-def _read_episodes(root, info, video_key):
-    """Episodes in order, each {"index", "length", "data": its parquet file, "file": the one with its images} and, for
-    video, "first": its first frame in there."""
+def _read_episodes(root, info, video_key) -> list[Episode]:
+    """The episodes in order; `video_key` is None for image columns."""
     if info["codebase_version"] == "v2.1":
         rows = _read_json(root / "meta/episodes.jsonl", lines=True)
     else:
@@ -360,21 +474,28 @@ def _read_episodes(root, info, video_key):
             columns += [f"videos/{video_key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
         files = sorted((root / "meta/episodes").glob("*/*.parquet"))
         rows = [row for file in files for row in _read_table(file, columns, "the list of episodes").to_pylist()]
-    if len(rows) != info["total_episodes"] or not rows:
-        raise ValueError(f"{root}: {len(rows)} episodes are listed in meta, info.json says {info['total_episodes']}"
-                         if rows else f"{root}: an empty dataset, meta lists no episode")
+    if not rows:
+        raise UserError(f"{root}: an empty dataset, meta lists no episode")
+    if len(rows) != info["total_episodes"]:
+        raise UserError(f"{root}: {len(rows)} episodes are listed in meta, info.json says {info['total_episodes']}")
+
+    def place(row, kind):
+        """What the templates of paths in info.json ask for."""
+        if info["codebase_version"] == "v2.1":  # a file an episode
+            index = row["episode_index"]
+            return {"episode_chunk": index // info["chunks_size"], "episode_index": index}
+        return {name: row[f"{kind}/{name}"] for name in ("chunk_index", "file_index")}
+
     episodes = []
     for row in sorted(rows, key=lambda row: row["episode_index"]):
-        index, place = row["episode_index"], lambda kind: {k: row[f"{kind}/{k}"] for k in ("chunk_index", "file_index")}
-        if info["codebase_version"] == "v2.1":
-            place = lambda kind: {"episode_chunk": index // info["chunks_size"], "episode_index": index}
-        data = root / info["data_path"].format(**place("data"))
-        episode = {"index": index, "length": int(row["length"]), "data": data, "file": data}
+        data_file = root / info["data_path"].format(**place(row, "data"))
+        image_file = data_file
+        first = None
         if video_key:
-            video = f"videos/{video_key}"
-            episode["file"] = root / info["video_path"].format(video_key=video_key, **place(video))
-            episode["first"] = round(row.get(f"{video}/from_timestamp", 0) * info["fps"])
-        episodes.append(episode)
+            kind = f"videos/{video_key}"
+            image_file = root / info["video_path"].format(video_key=video_key, **place(row, kind))
+            first = round(row.get(f"{kind}/from_timestamp", 0) * info["fps"])
+        episodes.append(Episode(row["episode_index"], int(row["length"]), data_file, image_file, first))
     return episodes
 
 
@@ -387,65 +508,139 @@ def _read_tasks(root, info):
     return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
 
 
+def _read_rows(meta):
+    """State [N,7], action [N,7] and task index [N] of all N frames. Fills in what `first` the metadata do not say."""
+    states, actions, tasks = [], [], []
+    # Episodes that follow each other share a file (v3.0), which is read once; groupby is a run of equal keys.
+    for path, group in itertools.groupby(meta.episodes, key=lambda episode: episode.data_file):
+        group = list(group)
+        table = _read_table(path, [STATE, ACTION, "episode_index", "task_index"], f"episode {group[0].index}")
+        _check_rows(path, table["episode_index"].to_numpy(), group)
+        row = 0
+        for episode in group:
+            if episode.first is None:
+                episode.first = row
+            row += episode.length
+        states.append(_read_vectors(path, table, STATE))
+        actions.append(_read_vectors(path, table, ACTION))
+        tasks.append(table["task_index"].to_numpy())
+
+    task = np.concatenate(tasks)
+    unknown = np.flatnonzero(~np.isin(task, list(meta.tasks)))
+    if unknown.size:
+        raise UserError(f"{meta.root}/meta: no task {task[unknown[0]]}, which frame {unknown[0]} of the dataset names")
+    return np.concatenate(states), np.concatenate(actions), task
+
+
+def _check_rows(path, index, episodes):
+    """UserError unless a file's column `episode_index` is just these episodes, whole and in their order."""
+    expected = np.repeat([episode.index for episode in episodes], [episode.length for episode in episodes])
+    if np.array_equal(index, expected):
+        return
+    counts = [np.count_nonzero(index == episode.index) for episode in episodes]
+    # The first episode whose number of rows is wrong; if none is, the rows are in another order, or there are others.
+    wrong = next((i for i, episode in enumerate(episodes) if counts[i] != episode.length), 0)
+    raise UserError(
+        f"{path}: rows do not match the metadata: episode {episodes[wrong].index} has {counts[wrong]} rows, "
+        f"its length is {episodes[wrong].length}"
+    )
+
+
+def _read_vectors(path, table, key):
+    """A column of lists as float32 [n,7]."""
+    try:
+        column = table[key].combine_chunks().cast(pa.list_(pa.float32()))
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: {key} is no column of lists of numbers ({error})") from None
+
+    def refuse(bad_rows, problem):
+        if bad_rows.any():
+            row = np.flatnonzero(bad_rows)[0]
+            raise UserError(f"{path}: {key} has {problem(row)} in episode {table['episode_index'][row]}, row {row}")
+
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    refuse(lengths != len(DIMS), lambda row: f"{lengths[row]} values, not {len(DIMS)},")
+    x = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(DIMS))
+    refuse(~np.isfinite(x).all(1), lambda row: "a NaN or an infinity")
+    return x
+
+
 @dataclass
 class FramesOnDisk:
     """frames[indices] -> uint8 [n,H,W,3], decoded on access: in the DataLoader's workers, if it has any."""
 
-    episodes: list  # of dicts: "index", "file", and "first", the episode's first frame (video) or row in that file
-    bounds: np.ndarray
-    shape: tuple
-    fps: float
+    episodes: list[Episode]
+    bounds: np.ndarray  # int [E+1], as in Demonstrations
+    image_shape: tuple[int, int, int]
+    fps: float  # Hz
     column: str | None  # the image column; None: video
 
     def __getitem__(self, indices):
         indices, inverse = np.unique(indices, return_inverse=True)
         return self.decode(indices)[inverse]
 
+    def check_files(self):
+        """UserError for a file that is missing or ends too early: now, and not hours into the training."""
+        for episode in self.episodes:
+            if not episode.image_file.exists():
+                raise UserError(f"{episode.image_file}: missing; the images of episode {episode.index} are in it")
+        last_of_file = {episode.image_file: end - 1 for episode, end in zip(self.episodes, self.bounds[1:])}
+        self.decode(np.sort(list(last_of_file.values())))
+
     def decode(self, indices):
-        """The same for ascending indices without repeats."""
-        owner = np.searchsorted(self.bounds, indices, side="right") - 1
-        number = indices - self.bounds[owner] + np.array([self.episodes[e]["first"] for e in owner])
-        files = np.array([str(self.episodes[e]["file"]) for e in owner], object)
-        out = np.empty((len(indices), *self.shape), np.uint8)
-        for path in dict.fromkeys(files):
-            rows = np.flatnonzero(files == path)
-            rows, done = rows[np.argsort(number[rows])], 0
-            try:
-                for frame in (_decode_images(path, number[rows], self.column) if self.column else
-                              _decode_video(path, number[rows], self.fps)):
-                    if frame.shape != self.shape:
-                        raise ValueError(f"it is {frame.shape}, info.json says {self.shape}")
-                    out[rows[done]] = frame
-                    done += 1
-            except (pa.ArrowException, av.error.FFmpegError, OSError, ValueError, LookupError, AttributeError) as error:
-                e = owner[rows[done]]
-                raise ValueError(f"{path}: frame {indices[rows[done]] - self.bounds[e]} of episode "
-                                 f"{self.episodes[e]['index']} cannot be read ({error})") from None
+        """The same as frames[indices] for ascending indices without repeats."""
+        owner = np.searchsorted(self.bounds, indices, side="right") - 1  # each frame's episode
+        number = (
+            indices - self.bounds[owner] + np.array([self.episodes[e].first for e in owner])
+        )  # and place in its file
+        files = np.array([str(self.episodes[e].image_file) for e in owner], object)
+        out = np.empty((len(indices), *self.image_shape), np.uint8)
+        for path in dict.fromkeys(files):  # a set that keeps the order
+            wanted = np.flatnonzero(files == path)
+            wanted = wanted[np.argsort(number[wanted])]  # a file is decoded forwards
+            if self.column:
+                pictures = _decode_images(path, number[wanted], self.column)
+            else:
+                pictures = _decode_video(path, number[wanted], self.fps)
+            for i in wanted:
+                try:
+                    picture = next(pictures)
+                    if picture.shape != self.image_shape:
+                        raise ValueError(f"it is {picture.shape}, info.json says {self.image_shape}")
+                # what the two libraries raise for broken files, and columns or streams that are not there
+                except (pa.ArrowException, av.error.FFmpegError, OSError, ValueError, LookupError, AttributeError) as e:
+                    where = f"frame {indices[i] - self.bounds[owner[i]]} of episode {self.episodes[owner[i]].index}"
+                    raise UserError(f"{path}: {where} cannot be read ({e})") from None
+                out[i] = picture
         return out
 
 
 @lru_cache(maxsize=16)
-def _opened(path, version, process):
-    if not path.endswith(".parquet"):
-        return av.open(path)
+def _opened(opener, path, version, process):
+    return opener(path)
+
+
+def _open(opener, path):
+    """opener(path), kept open for the next call; but not if the file has changed, and not in a forked worker, which
+    must not share a file position with its parent."""
+    return _opened(opener, path, os.stat(path).st_mtime_ns, os.getpid())
+
+
+def _parquet_file(path):
+    """A parquet file and the ends of its row groups."""
     file = pq.ParquetFile(path)
     return file, np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
 
 
-def _open(path):
-    """A video, or a parquet file and the ends of its row groups. Kept open, but not if the file has changed, and not
-    in a forked worker, which must not share a file position with its parent."""
-    return _opened(path, os.stat(path).st_mtime_ns, os.getpid())
-
-
 def _decode_images(path, rows, column):
     """Yield the given rows (ascending) of an image column, uint8 [H,W,3]."""
-    file, ends = _open(path)
+    file, ends = _open(_parquet_file, path)
     groups = np.searchsorted(ends, rows, side="right")
     for group in np.unique(groups):
         encoded = file.read_row_group(group, [column], use_threads=False)[column].combine_chunks().field("bytes")
-        for row in rows[groups == group] - ends[group] + len(encoded):
-            picture = encoded[row].as_py() or b""
+        group_start = ends[group] - len(encoded)
+        for row in rows[groups == group]:
+            picture = encoded[row - group_start].as_py() or b""
             # A new decoder each time: FFmpeg's PNG decoder, used twice, returns garbage the second time.
             decoder = av.CodecContext.create("png" if picture.startswith(b"\x89PNG") else "mjpeg", "r")
             yield decoder.decode(av.Packet(picture))[0].to_ndarray(format="rgb24")
@@ -453,9 +648,11 @@ def _decode_images(path, rows, column):
 
 def _decode_video(path, numbers, fps):
     """Yield the given frames (ascending, counted from the beginning of the video), uint8 [H,W,3]."""
-    video, to_rgb, position = _open(path), VideoReformatter(), None
+    video = _open(av.open, path)
     stream = video.streams.video[0]
     start = stream.start_time or 0
+    to_rgb = VideoReformatter()
+    position = None  # of the frame that was decoded last
     for number in numbers:
         if position is None or number > position + 8:  # seek to the key frame before; nearer ones just decode on
             video.seek(start + round(number / fps / stream.time_base), stream=stream)
@@ -470,74 +667,113 @@ def _decode_video(path, numbers, fps):
         yield to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
-# -------------------------------------------------------------------------------------------------------------- mixture
+# ---- mixture ----------------------------------------------------------------------------------------------------
+
+
 class Mixture(torch.utils.data.Dataset):
     """The data of stage I, alpha * E_sim + (1 - alpha) * E_real, as batches: item k is the whole batch k.
 
     Frames are drawn uniformly, with replacement. Batch k depends on nothing but (seed, k), so training resumes by
-    starting there: DataLoader(mixture, batch_size=None, sampler=range(k, steps), num_workers=...). The share alpha is
-    exact: where alpha * batch_size is no integer, over the batches together. alpha = 0 needs no `sim` (real-only SFT,
-    the anchor of stage II), alpha = 1 no `real`.
+    starting there: DataLoader(mixture, batch_size=None, sampler=range(k, steps), num_workers=...). alpha = 0 needs no
+    `sim` (real-only SFT, the anchor of stage II), alpha = 1 no `real` (None).
 
     A batch: "image" uint8 [B,H,W,3], "state" float32 [B,7] and "prompt", B str, at a time t; "action" float32
     [B,horizon,7] of t .. t+horizon-1; "action_is_pad" bool [B,horizon], True past the end of the episode (where the
     last action is repeated, as in LeRobot); "is_sim" bool [B].
     """
 
-    def __init__(self, real, sim, alpha, batch_size, horizon, seed):
+    def __init__(
+        self,
+        real: Demonstrations | None,
+        batch_size: int,
+        horizon: int,
+        seed: int,
+        sim: Demonstrations | None = None,
+        alpha: float = 0.0,
+    ):
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha is a share, 0 (only real samples) to 1 (only simulated ones), not {alpha}")
+            raise UserError(f"alpha is a share, 0 (only real samples) to 1 (only simulated ones), not {alpha}")
         if (sim is None and alpha > 0) or (real is None and alpha < 1):
-            raise ValueError(f"alpha = {alpha} needs {'simulated' if sim is None else 'real'} demonstrations as well")
+            raise UserError(f"alpha = {alpha} needs {'simulated' if sim is None else 'real'} demonstrations as well")
         if real is not None and sim is not None and real.image_shape != sim.image_shape:
-            raise ValueError(f"{real.path} has images {real.image_shape}, but {sim.path} {sim.image_shape}")
-        self.real, self.sim, self.batch_size, self.horizon, self.seed = real, sim, batch_size, horizon, seed
+            raise UserError(f"{real.path} has images {real.image_shape}, but {sim.path} {sim.image_shape}")
+        self.real = real
+        self.sim = sim
+        self.batch_size = batch_size
+        self.horizon = horizon
+        self.seed = seed
         self.sim_per_batch = Fraction(str(alpha)) * batch_size  # exact: in floats, 0.29 * 100 < 29
 
     def __getitem__(self, k):
+        # Where alpha * batch_size is no integer, batches differ by one sample, and the first k have alpha of theirs.
         n_sim = math.floor((k + 1) * self.sim_per_batch) - math.floor(k * self.sim_per_batch)
         rng = np.random.default_rng((self.seed, k))
-        parts = [self._sample(data, rng.integers(len(data), size=n))
-                 for data, n in ((self.real, self.batch_size - n_sim), (self.sim, n_sim)) if n]
-        batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
-                 for key in ("image", "state", "action", "action_is_pad")}
+        parts = []
+        for dataset, n in ((self.real, self.batch_size - n_sim), (self.sim, n_sim)):
+            if n > 0:
+                parts.append(self._sample(dataset, rng.integers(len(dataset), size=n)))
+        arrays = ("image", "state", "action", "action_is_pad")
+        batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in arrays}
         batch["prompt"] = [prompt for part in parts for prompt in part["prompt"]]
         batch["is_sim"] = torch.arange(self.batch_size) >= self.batch_size - n_sim
         return batch
 
-    def _sample(self, data, t):
-        end = data.bounds[np.searchsorted(data.bounds, t, side="right")]
+    def _sample(self, dataset, t):
+        end = dataset.bounds[np.searchsorted(dataset.bounds, t, side="right")]  # of each frame's episode
         chunk = t[:, None] + np.arange(self.horizon)
-        return {"image": data.frames[t], "state": data.state[t], "prompt": data.prompt[t],
-                "action": data.action[np.minimum(chunk, end[:, None] - 1)], "action_is_pad": chunk >= end[:, None]}
+        return {
+            "image": dataset.frames[t],
+            "state": dataset.state[t],
+            "prompt": dataset.prompt[t],
+            "action": dataset.action[np.minimum(chunk, end[:, None] - 1)],
+            "action_is_pad": chunk >= end[:, None],
+        }
 
 
-# ----------------------------------------------------------------------------------------------------------- collection
+# ---- collection -------------------------------------------------------------------------------------------------
+
 SEEDS_PER_BLOCK = 5
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that simulate; a context manager. They start when needed: the first picture of each takes seconds."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), _init_worker)
 
 
 def _init_worker():
     torch.set_num_threads(1)  # a core a process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()  # not to outlive it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """A worker would wait for ever for the next task of a parent that was killed."""
+    parent_process().join()
+    os._exit(1)
 
 
 def _demonstrate_block(task, domain, seeds):
-    import envs  # in functions and not above: whoever only reads datasets needs no simulator
+    import envs
 
     # PhysX keeps traces of earlier episodes over a reset (1e-5 m after a contact). A new scene for every block makes
     # episodes depend on their seeds, and not on which worker was faster; for every episode it would be slow.
     return [envs.demonstrate(task, domain, seed, fresh=seed == seeds[0]) for seed in seeds]
 
 
-def _demonstrate(task, domain, num, first_seed, pool):
+def _demonstrate(task, domain, num, first_seed, pool) -> Iterator[dict]:
     """Yield `num` successful demonstrations in the order of their seeds, whichever worker is first."""
-    kept, failures, pending, starts = 0, 0, deque(), itertools.count(first_seed, SEEDS_PER_BLOCK)
+    kept = 0
+    failures = 0
+    pending = deque()  # blocks that workers play, in the order of their seeds
+    starts = itertools.count(first_seed, SEEDS_PER_BLOCK)
     with tqdm(total=num, desc=f"{task}, {domain.name}", unit="episode") as bar:
         try:
             while kept < num:
-                while len(pending) < min(2 * len(os.sched_getaffinity(0)), math.ceil((num - kept) / SEEDS_PER_BLOCK)):
-                    seeds = range(start := next(starts), start + SEEDS_PER_BLOCK)
+                # Enough to keep every core busy, and no more than are needed if none fails.
+                needed = math.ceil((num - kept) / SEEDS_PER_BLOCK)
+                while len(pending) < min(2 * len(os.sched_getaffinity(0)), needed):
+                    start = next(starts)
+                    seeds = range(start, start + SEEDS_PER_BLOCK)
                     pending.append(pool.submit(_demonstrate_block, task, domain, seeds))
                 for episode in pending.popleft().result():
                     if not episode["success"]:
@@ -548,200 +784,85 @@ def _demonstrate(task, domain, num, first_seed, pool):
                         bar.update()
                         yield episode
                 if failures > num + 20:
-                    raise ValueError(f"the expert of {task} failed in {failures} of {failures + kept} episodes in the "
-                                     f"domain {domain.name}; `python envs.py expert` measures it")
+                    raise UserError(
+                        f"the demonstrator of {task} failed in {failures} of {failures + kept} episodes in the domain "
+                        f"{domain.name}; `python envs.py demonstrators` measures it"
+                    )
         finally:
             for block in pending:
                 block.cancel()
 
 
-def collect(task, domain, num, out, first_seed, pool, video=False):
+def collect_dataset(task, domain, num: int, out: Path, first_seed: int, pool, video: bool = False) -> np.ndarray:
     """Collect `num` successful scripted demonstrations of `task` in `domain` (an envs.Domain) into the dataset `out`
     -> their lengths in control steps [num].
 
     Seeds count up from `first_seed`; failed episodes are dropped, and counted in the progress bar. A dataset that is
-    there already is kept: ValueError if it has another number of episodes. `pool` is a `simulators(workers)`.
+    there already is kept: UserError if it has another number of episodes. `pool` is a `worker_pool(workers)`.
     """
     import envs
 
     if not Path(out).exists():
         write_dataset(out, _demonstrate(task, domain, num, first_seed, pool), envs.CONTROL_HZ, video)
     lengths = np.diff(load_dataset(out, max_bytes=0).bounds)
-    if (found := len(lengths)) != num:
-        raise ValueError(f"{out} has {found} episodes, not {num}: ask for {found}, or delete it to collect anew")
+    found = len(lengths)
+    if found != num:
+        raise UserError(f"{out} has {found} episodes, not {num}: ask for {found}, or delete it to collect anew")
     return lengths
 
 
-def simulators(workers):
-    """Processes for `collect`; a context manager. They start when needed: the first picture of each takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), _init_worker)
-
-
 @dataclass
-class Args:
+class CollectArgs:
     """Collect scripted demonstrations into OUT/TASK-twin, OUT/TASK-TARGET and OUT/TASK-TARGET-val.
 
     The twin's are D_sim. The target's are D_real where there is no robot; those for validation are held out from
     training, to measure the imitation loss on real demonstrations. A dataset that exists is kept as it is.
-    `python data.py record --help` is about demonstrations on a real arm.
     """
 
     task: str = "push_cube"
-    """a task of envs.py"""
+    """A task of envs.py, which has the demonstrator."""
     target: str = "standin"
-    """the domain of envs.py that plays the robot"""
+    """The domain of envs.py that plays the robot."""
     num_twin: int = 500
-    """demonstrations in the twin; more of them make stage I better, and leave less for RL to do"""
+    """Demonstrations in the twin. More of them make stage I better, and leave less for RL to do."""
     num_real: int = 50
-    """demonstrations in the target: the "real" ones"""
+    """Demonstrations in the target, the "real" ones. The paper, like most labs, has about 50."""
     num_val: int = 20
-    """held-out demonstrations in the target, for validation"""
+    """Held-out demonstrations in the target, for validation. More of them make the curve of its loss steadier."""
     out: Path = Path("demos")
-    """folder of the datasets"""
+    """Folder of the datasets. The training scripts look into `demos` unless they are told otherwise."""
     workers: int = len(os.sched_getaffinity(0))
-    """simulator processes, about half a GB of memory each"""
+    """Simulator processes, one a core; each takes about half a GB of memory, so fewer where that is short."""
     video: bool = False
-    """store the frames as H.264 video, several times smaller and slightly lossy, instead of as PNG columns"""
+    """Store the frames as H.264 video, several times smaller and slightly lossy, instead of as PNG columns, which are
+    exact."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
 
 
-def main(args: Args):
+def collect(args: CollectArgs) -> None:
     import envs
 
     target = envs.target_domain(args.target)
-    with simulators(args.workers) as pool:
-        for name, domain, seeds, num in (("twin", envs.TWIN, "twin_demos", args.num_twin),
-                                         (target.name, target, "real_demos", args.num_real),
-                                         (f"{target.name}-val", target, "real_val", args.num_val)):
-            out = args.out / f"{args.task}-{name}"
-            lengths = collect(args.task, domain, num, out, envs.SEEDS[seeds], pool, args.video)
+    datasets = (  # domain, held out, first seed, number of demonstrations
+        (envs.TWIN, False, envs.SEEDS["twin_demos"], args.num_twin),
+        (target, False, envs.SEEDS["real_demos"], args.num_real),
+        (target, True, envs.SEEDS["real_val"], args.num_val),
+    )
+    with worker_pool(args.workers) as pool:
+        for domain, held_out, first_seed, num in datasets:
+            out = demos_path(args.task, domain.name, held_out, args.out)
+            lengths = collect_dataset(args.task, domain, num, out, first_seed, pool, args.video)
             print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
 
 
-# ------------------------------------------------------------------------------------------------- recording on a robot
-@dataclass
-class RecordArgs:
-    """Record demonstrations with a real Franka into a LeRobot dataset, for `train_sft.py --real`.
-
-    By keyboard: w s forward and back, a d left and right, r f up and down, q e turn; hold a key to keep moving. By
-    hand: unlock the joints with the buttons on the arm and guide it. In either case space closes and opens the hand,
-    Enter ends a demonstration and keeps it, x drops it. What was kept is on disk at once; the same command goes on.
-    """
-
-    rig: tyro.conf.OmitArgPrefixes["eval_real.Rig"] = field(default_factory=lambda: eval_real.Rig())
-    """the arm, the camera, and limits that every motion keeps"""
-    task: str = "push_cube"
-    """a task of envs.py: its instruction, and the initial states to arrange"""
-    held_out: bool = False
-    """demonstrations for `--real-val`: their initial states are others than those for training"""
-    out: Path | None = None
-    """the dataset; it appears when all demonstrations are there (default: demos/TASK-real, or demos/TASK-real-val)"""
-    episodes: int = 50
-    """how many"""
-    by: Literal["keyboard", "spacemouse", "hand"] = "keyboard"
-    """what leads the arm; a SpaceMouse needs `pip install pyspacemouse`"""
-    pace: float = 0.1
-    """speed of the keyboard, and full speed of the SpaceMouse, m/s; turning is five times as much, in rad/s"""
-
-
-STEER = {"w": (0, 1), "s": (0, -1), "a": (1, 1), "d": (1, -1), "r": (2, 1), "f": (2, -1), "q": (5, 1), "e": (5, -1)}
-
-
-def motion_between(tcp, later):
-    """The action's first six numbers that take one TCP pose [1,4,4] to another: what `envs.move_target` undoes."""
-    import envs
-
-    turn = envs.matrix_to_euler_angles(later[:, :3, :3] @ tcp[:, :3, :3].mT, "ZYX").flip(-1)
-    return torch.cat([later[:, :3, 3] - tcp[:, :3, 3], turn], -1)[0]
-
-
-def demonstrate_by_operator(robot, keyboard, args, gripper, mouse):
-    """One demonstration at the control rate, or None if the operator drops it. It begins with the first motion."""
-    import envs
-
-    image, state, action, guided = [], [], [], args.by == "hand"
-    if not guided:
-        robot.start()
-    while "\n" not in (keys := keyboard.pressed().replace("\r", "\n")):
-        if "x" in keys:
-            robot.stop()
-            return None
-        toggled = keys.count(" ") % 2
-        gripper = (1.0 if gripper < -0.5 else -1.0) if toggled else gripper
-        seen, here, due = robot.camera.read(args.rig.image_size), robot.tcp(), time.monotonic() + 1 / envs.CONTROL_HZ
-        proprioception, move = robot.state()[0], torch.zeros(7)
-        move[6] = gripper
-        if guided:
-            robot.move_fingers(gripper)
-            robot.rest(due)
-            move[:6] = motion_between(here, robot.tcp())
-            moved = move[:3].norm() > 0.001 or move[3:6].norm() > 0.01
-        else:
-            for axis, sign in {STEER[key] for key in keys if key in STEER}:
-                move[axis] = sign * args.pace / envs.CONTROL_HZ * (5 if axis > 2 else 1)
-            if mouse:
-                for _ in range(100):  # the reports since the last step; the last one counts
-                    report = mouse.read()
-                move[:3] = torch.tensor([report.x, report.y, report.z]) * args.pace / envs.CONTROL_HZ
-                move[3:6] = torch.tensor([report.roll, report.pitch, report.yaw]) * args.pace / envs.CONTROL_HZ * 5
-            robot.check(move[None])
-            robot.step(move)
-            moved = move[:6].any()
-        if image or moved or toggled:
-            image.append(seen), state.append(proprioception.numpy()), action.append(move.numpy())
-    robot.stop()
-    return dict(image=np.stack(image), state=np.stack(state), action=np.stack(action)) if image else None
-
-
-def record(args: RecordArgs):
-    import envs
-    import eval_real
-
-    envs.check_task(args.task)
-    out = args.out or Path(f"demos/{args.task}-real{'-val' if args.held_out else ''}")
-    parts, mouse = out.with_name(f"{out.name}.parts"), None
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: delete it, or choose another folder")
-    parts.mkdir(parents=True, exist_ok=True)
-    kept = lambda: sorted(parts.glob("[0-9]*.npz"))
-    if args.by == "spacemouse":
-        try:
-            import pyspacemouse
-            mouse = pyspacemouse.open(axis_convention=pyspacemouse.AxisConvention.ROS)  # x forward, y left, z up
-        except (ImportError, RuntimeError) as error:
-            raise SystemExit(f"no SpaceMouse: {error} (pip install pyspacemouse)") from None
-    if len(kept()) < args.episodes:
-        env = envs.make(args.task, envs.TWIN, video_size=512)
-        first_seed = envs.SEEDS["real_val" if args.held_out else "real_demos"]
-        with contextlib.closing(eval_real.Camera(args.rig)) as camera, eval_real.Keyboard() as keyboard, \
-                eval_real.Franka(args.rig, camera) as robot:
-            while (n := len(kept())) < args.episodes:
-                try:
-                    eval_real.get_ready(robot, keyboard, env, seed := first_seed + n,
-                                        f"demonstration {n + 1} of {args.episodes}", parts / "overlay.png")
-                    print("Enter: done, keep it; x: drop it", flush=True)
-                    episode = demonstrate_by_operator(robot, keyboard, args, env.start_gripper, mouse)
-                except eval_real.Stopped as why:
-                    print(f"dropped. {why}", flush=True)
-                    continue
-                if episode:
-                    with open(temporary := parts / "unfinished", "wb") as file:
-                        np.savez(file, prompt=env.instruction, seed=seed, **episode)
-                    os.replace(temporary, parts / f"{n:04d}.npz")
-                print(f"kept, {len(episode['action'])} steps" if episode else "dropped", flush=True)
-    write_dataset(out, (np.load(path) for path in kept()), envs.CONTROL_HZ)
-    print(f"{out}: {len(kept())} demonstrations")
-    shutil.rmtree(parts)
-
-
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:2] == ["record"]:
-            import eval_real  # where RecordArgs looks for its Rig
-            record(tyro.cli(RecordArgs, prog="data.py record", args=sys.argv[2:]))
-        else:
-            main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"data.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("data.py: interrupted; the dataset under way was not written; what was recorded on a robot is "
-                         "kept for the next call") from None
+    import robot  # here and not above: robot.py stands on this file
+
+    commands = {"collect": CollectArgs, "record": robot.RecordArgs}
+    args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    one_line_errors(args.debug)
+    if isinstance(args, CollectArgs):
+        collect(args)
+    else:
+        robot.record(args)

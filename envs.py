@@ -1,11 +1,12 @@
-"""The twins: Franka tabletop tasks as ManiSkill environments, their domains, scripted experts and the vectorised env.
+"""The twins: Franka tabletop tasks in ManiSkill, what they look like and how they move, and many of them in parallel.
 
-    python envs.py show     # contact sheet of every task, twin and stand-in
-    python envs.py bench    # control steps per second beside stock ManiSkill
-    python envs.py expert   # success and length of the scripted experts
+    python envs.py show             # a picture of every task, in the twin and in the stand-in
+    python envs.py demonstrators    # success and length of the scripted demonstrators
 
 World frame = robot base frame: x forward, y left, z up, the table's surface at z = 0. Units are metres and radians.
+In shapes, B is the number of environments, C the control steps in a chunk, and H, W are pixels.
 """
+
 import os
 
 if __name__ != "__main__":  # a worker renders on its own core: two software rasterisers on all cores fight
@@ -13,9 +14,9 @@ if __name__ != "__main__":  # a worker renders on its own core: two software ras
 import gc
 import hashlib
 import multiprocessing as mp
-import time
 import traceback
 import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,23 @@ from mani_skill.utils import sapien_utils
 from mani_skill.utils.geometry.rotation_conversions import euler_angles_to_matrix, matrix_to_euler_angles
 from mani_skill.utils.structs import Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
+from torch import Tensor
 from tqdm import tqdm
 
+from checkpoints import UserError, one_line_errors, whole_file, write_file
+
 CONTROL_HZ = 10
+IMAGE_SIZE = 64  # pixels, height and width of what policies see
 # Every use of the environments has its own seeds, a million apart: nothing is ever evaluated on what it was trained on.
 # RL is the last: it takes ten thousand an iteration, ten million a training seed.
-SEEDS = dict(twin_demos=1_000_000, real_demos=2_000_000, real_val=3_000_000, validation=4_000_000,
-             evaluation=5_000_000, rl=10_000_000)
+SEEDS = dict(
+    twin_demos=1_000_000,
+    real_demos=2_000_000,
+    real_val=3_000_000,
+    validation=4_000_000,
+    evaluation=5_000_000,
+    rl=10_000_000,
+)
 
 
 def rl_seed(seed: int, iteration: int) -> int:
@@ -49,26 +60,32 @@ def rl_seed(seed: int, iteration: int) -> int:
     return SEEDS["rl"] + (seed * 10_000_000 + iteration * 10_000) % 4_200_000_000
 
 
+# ---- domains ----------------------------------------------------------------------------------------------------
+
+Vector = tuple[float, float, float]
+
+
+# fmt: off
 @dataclass(frozen=True)
 class Domain:
-    """What a world looks like and how it moves. A task knows nothing of it, so a new domain is one `replace(TWIN, ...)`.
+    """What a world looks like and how it moves. Tasks know nothing of it: a new domain is one `replace(TWIN, ...)`.
 
     Colours are linear RGB in 0..1, light directions point from the light into the scene.
     """
 
     name: str
     # looks
-    camera_eye: tuple = (0.88, 0.56, 0.52)
-    camera_target: tuple = (0.49, 0.0, 0.03)
+    camera_eye: Vector = (0.88, 0.56, 0.52)
+    camera_target: Vector = (0.49, 0.0, 0.03)
     camera_fov: float = 0.52  # rad, vertical
-    ambient: tuple = (0.45, 0.45, 0.45)
-    light_direction: tuple = (-0.5, 0.6, -1.0)
-    light_color: tuple = (1.0, 1.0, 1.0)
-    table_colors: tuple = ((0.60, 0.46, 0.32),)  # one per plank, repeated over the table
-    background: tuple = (0.75, 0.78, 0.80)
-    robot_color: tuple = (0.90, 0.90, 0.90)
-    object_color: tuple = (0.05, 0.15, 0.70)
-    goal_color: tuple = (0.80, 0.05, 0.05)
+    ambient: Vector = (0.45, 0.45, 0.45)
+    light_direction: Vector = (-0.5, 0.6, -1.0)
+    light_color: Vector = (1.0, 1.0, 1.0)
+    table_colors: tuple[Vector, ...] = ((0.60, 0.46, 0.32),)  # one per plank, repeated over the table
+    background: Vector = (0.75, 0.78, 0.80)
+    robot_color: Vector = (0.90, 0.90, 0.90)
+    object_color: Vector = (0.05, 0.15, 0.70)
+    goal_color: Vector = (0.80, 0.05, 0.05)
     image_noise: float = 0.0  # std of the camera's noise, grey levels of 255
     # dynamics
     friction: float = 0.6  # of the objects and the table
@@ -86,8 +103,8 @@ TWIN = Domain("twin")
 STANDIN = Domain(
     "standin", camera_eye=(0.83, 0.60, 0.50), camera_target=(0.50, 0.01, 0.03), camera_fov=0.55,
     ambient=(0.35, 0.33, 0.30), light_direction=(-0.3, -0.8, -1.0), light_color=(1.0, 0.9, 0.75),
-    table_colors=((0.30, 0.26, 0.24), (0.36, 0.31, 0.28)), background=(0.35, 0.40, 0.36), robot_color=(0.75, 0.76, 0.78),
-    object_color=(0.03, 0.32, 0.55), goal_color=(0.75, 0.22, 0.03), image_noise=5.0,
+    table_colors=((0.30, 0.26, 0.24), (0.36, 0.31, 0.28)), background=(0.35, 0.40, 0.36),
+    robot_color=(0.75, 0.76, 0.78), object_color=(0.03, 0.32, 0.55), goal_color=(0.75, 0.22, 0.03), image_noise=5.0,
     friction=0.4, object_mass=0.2, stiffness=600.0, damping=80.0, action_delay=1)
 # Two more gaps, for the question when the anchor pays: about half of the stand-in's, and about twice.
 MILD = replace(
@@ -101,12 +118,14 @@ STRONG = replace(
     robot_color=(0.55, 0.57, 0.62), object_color=(0.02, 0.48, 0.38), goal_color=(0.65, 0.42, 0.02), image_noise=9.0,
     friction=0.3, object_mass=0.3, stiffness=400.0, damping=65.0, action_delay=2)
 DOMAINS = {d.name: d for d in (TWIN, STANDIN, MILD, STRONG)}
+# fmt: on
 
 
 def target_domain(name: str) -> Domain:
-    """The domain that plays the robot; SystemExit if there is none of that name, or it is the twin."""
-    if name not in (targets := [d for d in DOMAINS if d != TWIN.name]):
-        raise SystemExit(f"no domain '{name}' can play the robot: choose one of {', '.join(targets)} (envs.DOMAINS)")
+    """The domain that plays the robot; UserError if there is none of that name, or it is the twin."""
+    targets = [domain for domain in DOMAINS if domain != TWIN.name]
+    if name not in targets:
+        raise UserError(f"no domain '{name}' can play the robot: choose one of {', '.join(targets)} (envs.DOMAINS)")
     return DOMAINS[name]
 
 
@@ -116,8 +135,10 @@ VARIATIONS = ("objects", "positions", "robot")
 UNSEEN_COLOR = (0.10, 0.45, 0.08)
 
 
-# ---------------------------------------------------------------------------------------------------------------- robot
-def lowpoly_urdf(color: tuple) -> str:
+# ---- robot ------------------------------------------------------------------------------------------------------
+
+
+def lowpoly_urdf(color: Vector) -> str:
     """Path of a Panda URDF whose visuals are its convex collision shapes, painted `color`.
 
     The stock visuals have 135,548 triangles, which is the whole cost of rendering in software. Written once into the
@@ -130,40 +151,52 @@ def lowpoly_urdf(color: tuple) -> str:
             link.remove(visual)
         for collision in link.findall("collision"):
             for mesh in collision.iter("mesh"):
+                # Meshes are named relative to the URDF's folder, which the copy leaves: make that absolute. Beside most
+                # of them lies their convex hull, which is what physics uses and has the fewest triangles.
                 stl = source.parent / mesh.get("filename")
                 convex = stl.with_name(stl.name + ".convex.stl")
                 mesh.set("filename", str(convex if convex.exists() else stl))
             visual = ET.SubElement(link, "visual")
             visual.extend(collision)
+            # SAPIEN looks materials up by name, in the whole file: a name for each link, or all get the first's shade.
             material = ET.SubElement(visual, "material", name=f"paint of {link.get('name')}")
             shade = 0.3 if "finger" in link.get("name") else 1.0
             ET.SubElement(material, "color", rgba=" ".join(str(c * shade) for c in color) + " 1")
     urdf = ET.tostring(robot)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlco"
-    path = cache / f"panda_{hashlib.sha1(urdf).hexdigest()[:10]}.urdf"
+    path = cache / f"panda_{hashlib.sha1(urdf).hexdigest()[:10]}.urdf"  # named by its content: never out of date
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        for target, content in ((path.with_suffix(".srdf"), source.with_suffix(".srdf").read_bytes()), (path, urdf)):
-            temporary = target.with_name(f"{target.name}.{os.getpid()}")
-            temporary.write_bytes(content)
-            os.replace(temporary, target)
+        # SAPIEN reads from the SRDF beside it which links may touch, so that has to be there before the URDF is.
+        write_file(path.with_suffix(".srdf"), source.with_suffix(".srdf").read_bytes())
+        write_file(path, urdf)
     return str(path)
 
 
 # Franka Emika Panda, modified Denavit-Hartenberg parameters (a, d, alpha) of joints 1..7, from Franka's FCI manual.
-PANDA_DH = ((0, 0.333, 0), (0, 0, -np.pi / 2), (0, 0.316, np.pi / 2), (0.0825, 0, np.pi / 2),
-            (-0.0825, 0.384, -np.pi / 2), (0, 0, np.pi / 2), (0.088, 0, np.pi / 2))
+PANDA_DH = (
+    (0, 0.333, 0),
+    (0, 0, -np.pi / 2),
+    (0, 0.316, np.pi / 2),
+    (0.0825, 0, np.pi / 2),
+    (-0.0825, 0.384, -np.pi / 2),
+    (0, 0, np.pi / 2),
+    (0.088, 0, np.pi / 2),
+)
 FLANGE_TO_TCP = 0.107 + 0.1034  # m, along the flange's z; the hand is mounted turned by -45 degrees
-WORKSPACE = ((0.20, -0.40, 0.012), (0.80, 0.40, 0.60))  # m, box for commanded TCP positions; finger tips are 1 cm below it
+HOME = (0, np.pi / 8, 0, -np.pi * 5 / 8, 0, np.pi * 3 / 4, np.pi / 4)  # rad, elbow up, away from the joints' limits
+WORKSPACE = ((0.20, -0.40, 0.012), (0.80, 0.40, 0.60))  # m, box for commanded TCP positions; finger tips are 1 cm below
 GRIPPER_OPEN = 0.04  # m, per finger
 POINTING_DOWN = torch.tensor([[1.0, 0, 0], [0, -1, 0], [0, 0, -1]])  # TCP axes in the base frame: rotation "zero"
 
 
-def _dh_constants():
+def _dh_constants() -> tuple[Tensor, Tensor]:
     """The part of each joint's transform that does not move, [7,4,4], and the TCP in frame 7, [4,4]."""
     fixed = torch.zeros(7, 4, 4)
     for i, (a, d, alpha) in enumerate(PANDA_DH):
-        c, s = np.cos(alpha), np.sin(alpha)
+        # In the modified convention a and alpha come before the joint's own turn. The shift d along its axis, which
+        # comes after, commutes with that turn: so all of them are constants in front of it.
+        c = np.cos(alpha)
+        s = np.sin(alpha)
         fixed[i] = torch.tensor([[1, 0, 0, a], [0, c, -s, -d * s], [0, s, c, d * c], [0, 0, 0, 1]])
     tcp = torch.eye(4)
     tcp[:2, :2] = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]) / 2**0.5
@@ -174,24 +207,25 @@ def _dh_constants():
 DH_FIXED, DH_TCP = _dh_constants()
 
 
-def panda_kinematics(q):
+def panda_kinematics(q: Tensor) -> tuple[Tensor, Tensor]:
     """Forward kinematics and geometric Jacobian. q [B,7] (rad) -> TCP pose [B,4,4], Jacobian [B,6,7], base frame."""
-    rotation = torch.zeros(*q.shape, 4, 4, device=q.device)
-    c, s = q.cos(), q.sin()
-    rotation[..., 0, 0] = rotation[..., 1, 1] = c
-    rotation[..., 1, 0], rotation[..., 0, 1] = s, -s
-    rotation[..., 2, 2] = rotation[..., 3, 3] = 1
+    rotation = torch.eye(4, device=q.device).repeat(*q.shape, 1, 1)  # about z, [B,7,4,4]
+    rotation[..., 0, 0] = rotation[..., 1, 1] = q.cos()
+    rotation[..., 1, 0] = q.sin()
+    rotation[..., 0, 1] = -rotation[..., 1, 0]
     local = DH_FIXED.to(q.device) @ rotation
     frames = [local[:, 0]]
     for i in range(1, 7):
         frames.append(frames[-1] @ local[:, i])
     tcp = frames[-1] @ DH_TCP.to(q.device)
     frames = torch.stack(frames, 1)
-    axis, lever = frames[..., :3, 2], tcp[:, None, :3, 3] - frames[..., :3, 3]
+    # A joint turns about the z axis of its frame, and moves the TCP by axis x lever.
+    axis = frames[..., :3, 2]
+    lever = tcp[:, None, :3, 3] - frames[..., :3, 3]
     return tcp, torch.cat([torch.linalg.cross(axis, lever), axis], -1).mT
 
 
-def inverse_kinematics(q, position, rotation, iterations=1):
+def inverse_kinematics(q: Tensor, position: Tensor, rotation: Tensor, iterations: int = 1) -> Tensor:
     """Damped least-squares steps from q [B,7] towards a TCP position [B,3] and rotation [B,3,3] -> q [B,7].
 
     One step a control step is enough while the target moves by centimetres; the residual is made up in the next one.
@@ -199,15 +233,17 @@ def inverse_kinematics(q, position, rotation, iterations=1):
     for _ in range(iterations):
         tcp, jacobian = panda_kinematics(q)
         error = rotation @ tcp[:, :3, :3].mT  # rotation still to do, in the base frame
-        turn = torch.stack([error[:, 2, 1] - error[:, 1, 2], error[:, 0, 2] - error[:, 2, 0],
-                            error[:, 1, 0] - error[:, 0, 1]], -1) / 2
+        # Its antisymmetric part is axis * sin(angle): close to the rotation vector while the angle is small.
+        skew = error - error.mT
+        turn = torch.stack([skew[:, 2, 1], skew[:, 0, 2], skew[:, 1, 0]], -1) / 2
         task_error = torch.cat([position - tcp[:, :3, 3], turn], -1)
+        # The damping keeps steps finite at singularities, where J J^T cannot be inverted.
         damped = jacobian @ jacobian.mT + 1e-4 * torch.eye(6, device=q.device)
         q = q + (jacobian.mT @ torch.linalg.solve(damped, task_error[..., None]))[..., 0]
     return q
 
 
-def move_target(position, rotation, action, box):
+def move_target(position: Tensor, rotation: Tensor, action: Tensor, box: Tensor) -> tuple[Tensor, Tensor]:
     """Where an action [B,7] takes a commanded TCP pose, position [B,3] and rotation [B,3,3], inside `box` [2,3]."""
     position = torch.minimum(torch.maximum(position + action[:, :3], box[0]), box[1])
     if action[:, 3:6].any():
@@ -215,15 +251,16 @@ def move_target(position, rotation, action, box):
     return position, rotation
 
 
-def finger_target(gripper):
+def finger_target(gripper: float | Tensor) -> float | Tensor:
     """Where an action's gripper part (-1 .. +1) sends each finger (m): 1 cm past closed is what makes a grasp hold."""
     return (gripper + 1) / 2 * (GRIPPER_OPEN + 0.01) - 0.01
 
 
-def proprioceptive_state(tcp, opening):
-    """TCP pose [B,4,4] in the base frame, gripper opening [B,1] (-1 .. +1) -> state [B,7]: TCP x y z (m), roll pitch
-    yaw (rad) from pointing down, opening."""
+def proprioceptive_state(tcp: Tensor, finger: Tensor) -> Tensor:
+    """TCP pose [B,4,4] in the base frame and a finger's position [B,1] (m, 0 is closed) -> state [B,7]: TCP x y z (m),
+    roll pitch yaw (rad) from pointing down, gripper from -1 (closed) to +1 (open)."""
     turn = matrix_to_euler_angles(tcp[:, :3, :3] @ POINTING_DOWN.to(tcp.device).mT, "ZYX").flip(-1)
+    opening = finger / GRIPPER_OPEN * 2 - 1
     return torch.cat([tcp[:, :3, 3], turn, opening.clip(-1, 1)], -1)
 
 
@@ -235,7 +272,18 @@ class DeltaPoseController(BaseController):
     step on a CPU, most of it in quaternion code; this one keeps joint targets and moves them by the Jacobian.
     """
 
-    sets_target_qpos, sets_target_qvel = True, False
+    sets_target_qpos = True  # ManiSkill asks which targets it has to send to a GPU's physics
+    sets_target_qvel = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        b = self.scene.num_envs
+        self.bound = torch.as_tensor(self.single_action_space.high, device=self.device)
+        self.box = torch.tensor(WORKSPACE, device=self.device)
+        # what is commanded; the arm follows some steps behind
+        self.q_target = torch.zeros(b, 7, device=self.device)  # rad
+        self.position = torch.zeros(b, 3, device=self.device)  # m, of the TCP
+        self.rotation = torch.zeros(b, 3, 3, device=self.device)
 
     def _initialize_action_space(self):
         high = np.float32([0.1] * 3 + [0.5] * 3 + [1.0])  # m, rad: beyond it nobody commands on purpose in 0.1 s
@@ -246,24 +294,25 @@ class DeltaPoseController(BaseController):
         damping = [self.config.damping] * 7 + [100.0] * 2
         for joint, k, d in zip(self.joints, stiffness, damping):
             joint.set_drive_properties(k, d, force_limit=100.0, mode="force")
-        self.bound = torch.as_tensor(self.single_action_space.high, device=self.device)
-        self.box = torch.tensor(WORKSPACE, device=self.device)
 
     def reset(self):
+        # ManiSkill calls this for all scenes, when some or all of them begin anew: the mask says which.
         mask = self.scene._reset_mask
-        q = self.qpos
-        tcp = panda_kinematics(q[:, :7])[0]
-        if not hasattr(self, "q_target"):
-            self.q_target, self.position, self.rotation = q[:, :7].clone(), tcp[:, :3, 3].clone(), tcp[:, :3, :3].clone()
-        self.q_target[mask], self.position[mask], self.rotation[mask] = q[mask, :7], tcp[mask, :3, 3], tcp[mask, :3, :3]
+        q = self.qpos[:, :7]
+        tcp, _ = panda_kinematics(q)
+        self.q_target[mask] = q[mask]
+        self.position[mask] = tcp[mask, :3, 3]
+        self.rotation[mask] = tcp[mask, :3, :3]
 
     def set_action(self, action):
         action = torch.minimum(torch.maximum(action, -self.bound), self.bound)
         self.position, self.rotation = move_target(self.position, self.rotation, action, self.box)
+        # From the last joint target and not from the measured joints: what is commanded must not depend on how far the
+        # arm has followed.
         self.q_target = inverse_kinematics(self.q_target, self.position, self.rotation)
-        self.articulation.set_joint_drive_targets(
-            torch.cat([self.q_target, finger_target(action[:, 6:]).expand(-1, 2)], -1), self.joints,
-            self.active_joint_indices)
+        fingers = finger_target(action[:, 6:]).expand(-1, 2)
+        targets = torch.cat([self.q_target, fingers], -1)
+        self.articulation.set_joint_drive_targets(targets, self.joints, self.active_joint_indices)
 
 
 @dataclass
@@ -290,25 +339,66 @@ class TwinPanda(Panda):
         return dict(delta_pose=DeltaPoseControllerConfig(joints, self.domain.stiffness, self.domain.damping))
 
 
-# ---------------------------------------------------------------------------------------------------------- environment
+# ---- environment ------------------------------------------------------------------------------------------------
+
+
 class TabletopEnv(BaseEnv):
     """What all tasks share: robot, table, camera, light, observation, chunk stepping. Batched, for ManiSkill's GPU
     simulation too, where it was not run.
 
-    A task adds `instruction`, `max_episode_steps`, `_load_objects`, `_place_objects`, `evaluate`, `potential`, `expert`.
+    A task is a subclass with two attributes and five methods: those of "the contract" below.
     """
 
-    instruction: str
+    # the contract -----------------------------------------------------------------------------------------------------
+    instruction: str  # the prompt
     max_episode_steps: int  # control steps; at least 95 % of the demonstrations, twin or stand-in, are shorter
-    start_gripper = 1.0  # opening at the start of an episode
+
+    def _load_objects(self) -> None:
+        """Build the task's objects, once a scene: `make_object`, `make_box`, `add_box`, ManiSkill's builders."""
+        raise NotImplementedError
+
+    def _place_objects(self, env_idx: Tensor) -> None:
+        """Set the initial poses of the objects in the b environments `env_idx` [b] (a `set_pose` sets those alone). All
+        chance comes from `sample_positions`: then the episode's seed decides it, and positions can be unseen ones."""
+        raise NotImplementedError
+
+    def evaluate(self) -> dict[str, Tensor]:
+        """-> dict(success=bool [B]): is the task done now? It ends the episode."""
+        raise NotImplementedError
+
+    def potential(self) -> Tensor:
+        """How far the task has come, float32 [B], 0 .. 0.75 in the tasks here. Its change is the reward, beside 1 for
+        success."""
+        raise NotImplementedError
+
+    def demonstrator(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yields the action, float32 [7], of each control step of an episode; it sees the state of the simulation, and
+        goes on till nobody asks. All chance comes from `rng`. For one environment (B = 1); see `Teleoperator`."""
+        raise NotImplementedError
+
+    # a task may have its own
+    start_gripper = 1.0  # opening at the start of an episode, -1 .. +1
     start_tcp = ((0.34, -0.05, 0.14), (0.42, 0.05, 0.20))  # m, box that the TCP starts in
 
-    def __init__(self, domain: Domain = TWIN, variation: str | None = None, image_size=64, full_meshes=False,
-                 video_size=256, **kwargs):
-        self.domain, self.variation = domain, variation
-        self.image_size, self.full_meshes, self.video_size = image_size, full_meshes, video_size
-        super().__init__(**dict(dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None,
-                                     render_backend="gpu" if torch.cuda.is_available() else "cpu"), **kwargs))
+    def __init__(
+        self,
+        domain: Domain = TWIN,
+        variation: str | None = None,
+        image_size: int = IMAGE_SIZE,
+        full_meshes: bool = False,
+        video_size: int = 256,
+        **kwargs,
+    ):
+        """`variation`: one of VARIATIONS. `full_meshes`: the robot as it looks, many times slower to render on a CPU.
+        `kwargs` are ManiSkill's (num_envs, sim_backend, render_backend, ...)."""
+        self.domain = domain
+        self.variation = variation
+        self.image_size = image_size  # pixels, of what policies see
+        self.full_meshes = full_meshes
+        self.video_size = video_size  # pixels, of what people see
+        defaults = dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None)
+        defaults["render_backend"] = "gpu" if torch.cuda.is_available() else "cpu"
+        super().__init__(**(defaults | kwargs))
 
     # ManiSkill's hooks ------------------------------------------------------------------------------------------------
     @property
@@ -316,9 +406,8 @@ class TabletopEnv(BaseEnv):
         return SimConfig(sim_freq=100, control_freq=CONTROL_HZ, scene_config=SceneConfig(solver_position_iterations=10))
 
     def _camera(self, name, size):
-        d = self.domain
-        return CameraConfig(name, sapien_utils.look_at(d.camera_eye, d.camera_target), size, size, d.camera_fov,
-                            near=0.01, far=10, shader_pack="minimal")
+        pose = sapien_utils.look_at(self.domain.camera_eye, self.domain.camera_target)
+        return CameraConfig(name, pose, size, size, self.domain.camera_fov, near=0.01, far=10, shader_pack="minimal")
 
     @property
     def _default_sensor_configs(self):
@@ -329,88 +418,46 @@ class TabletopEnv(BaseEnv):
         return [self._camera("video", self.video_size)]
 
     def _load_lighting(self, options):
-        d = self.domain
-        self.scene.set_ambient_light(d.ambient)
-        self.scene.add_directional_light(d.light_direction, d.light_color)
+        self.scene.set_ambient_light(self.domain.ambient)
+        self.scene.add_directional_light(self.domain.light_direction, self.domain.light_color)
 
     def _load_agent(self, options):
         self.agent = TwinPanda(self.scene, self.domain, self.full_meshes)
 
-    def add_box(self, builder, half_size, color, position=(0, 0, 0), yaw=0.0, density=1000.0, collide=True):
-        """Add a box to the builder of an actor or of a link. Without collision it is decoration."""
-        pose = sapien.Pose(position, [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
-        if collide:
-            builder.add_box_collision(pose, half_size, self._surface(), density)
-        builder.add_box_visual(pose, half_size, self._paint(color))
-
-    def _surface(self):
-        return sapien.physx.PhysxMaterial(self.domain.friction, self.domain.friction, 0)
-
-    def _paint(self, color):
-        return sapien.render.RenderMaterial(base_color=[*color, 1], roughness=0.8, specular=0.2)
-
-    def box(self, name, half_size, color, position=(0, 0, 0), collide=True):
-        """A box that nothing moves but `set_pose`."""
-        builder = self.scene.create_actor_builder()
-        self.add_box(builder, half_size, color, collide=collide)
-        builder.initial_pose = sapien.Pose(position)
-        return builder.build_kinematic(name)
-
-    def movable(self, name, half_size):
-        """The object of a task: a cube; an upright cylinder of another colour where objects are unseen ones."""
-        builder, d = self.scene.create_actor_builder(), self.domain
-        if self.variation == "objects":
-            upright, radius = sapien.Pose(q=[0.5**0.5, 0, 0.5**0.5, 0]), 0.9 * half_size
-            builder.add_cylinder_collision(upright, radius, half_size, self._surface(),
-                                           d.object_mass / (2 * np.pi * radius**2 * half_size))
-            builder.add_cylinder_visual(upright, radius, half_size, self._paint(UNSEEN_COLOR))
-        else:
-            self.add_box(builder, [half_size] * 3, d.object_color, density=d.object_mass / (2 * half_size) ** 3)
-        builder.initial_pose = sapien.Pose()
-        return builder.build(name)
-
-    def draw(self, n, b, unseen: bool, ring):
-        """Numbers [n,b], uniform in 0..1, for an initial state. `unseen`: the first two lie in a square ring outside of
-        that, from ring[0] to ring[1] away from its centre (0.5 is its edge)."""
-        u = torch.rand(n, b, device=self.device)
-        if unseen:
-            from_center = u[:2] - 0.5
-            norm = from_center.abs().amax(0)
-            u[:2] = 0.5 + from_center / norm * (ring[0] + 2 * (ring[1] - ring[0]) * norm)
-        return u
-
-    def draw_places(self, n, b):
-        """Numbers [n,b], uniform in -1..1, for the places of a task's objects, the first two of them x and y. Unseen
-        positions are up to 60 % further out than any in training."""
-        return self.draw(n, b, self.variation == "positions", (0.6, 0.8)) * 2 - 1
-
     def _load_scene(self, options):
-        colors, planks = self.domain.table_colors, 12 if len(self.domain.table_colors) > 1 else 1
-        self.box("table", (0.6, 0.7, 0.05), colors[0], (0.4, 0, -0.0505))
+        colors = self.domain.table_colors
+        background = self.domain.background
+        planks = 12 if len(colors) > 1 else 1
+        self.make_box("table", (0.6, 0.7, 0.05), colors[0], (0.4, 0, -0.0505))
         for i in range(planks):
-            self.box(f"plank{i}", (0.6, 0.7 / planks, 0.0005), colors[i % len(colors)],
-                     (0.4, -0.7 + 1.4 * (i + 0.5) / planks, -0.0005), collide=False)
-        for name, size, center in (("wall", (0.01, 4, 2), (-0.8, 0, 1)), ("floor", (4, 4, 0.01), (0, 0, -0.8))):
-            self.box(name, size, self.domain.background, center, collide=False)
+            center = (0.4, -0.7 + 1.4 * (i + 0.5) / planks, -0.0005)
+            self.make_box(f"plank{i}", (0.6, 0.7 / planks, 0.0005), colors[i % len(colors)], center, collide=False)
+        self.make_box("wall", (0.01, 4, 2), background, (-0.8, 0, 1), collide=False)
+        self.make_box("floor", (4, 4, 0.01), background, (0, 0, -0.8), collide=False)
         self._load_objects()
-        self._pending = torch.zeros(self.num_envs, self.domain.action_delay, 7, device=self.device)
-        self._potential = torch.zeros(self.num_envs, device=self.device)
-        self.home = inverse_kinematics(torch.tensor([[0, np.pi / 8, 0, -np.pi * 5 / 8, 0, np.pi * 3 / 4, np.pi / 4]],
-                                                    device=self.device), *self._down(torch.tensor([[0.4, 0, 0.2]])), 50)
+        self._pending = torch.zeros(self.num_envs, self.domain.action_delay, 7, device=self.device)  # delayed actions
+        self._potential = torch.zeros(self.num_envs, device=self.device)  # at the last control step
+        self._noise = torch.Generator(self.device)  # of the camera; seeded with each episode
+        home = torch.tensor([HOME], device=self.device)
+        self.home = inverse_kinematics(home, *self._down(torch.tensor([[0.4, 0, 0.2]])), iterations=50)
 
     def _down(self, position):
+        """Position [B,3] and rotation [B,3,3] of a TCP that points down."""
         return position.to(self.device), POINTING_DOWN.to(self.device).expand(len(position), 3, 3)
 
     def _initialize_episode(self, env_idx, options):
+        # ManiSkill has seeded torch with the episode's seed. The draws below decide what a seed looks like: their order
+        # is part of every dataset and result.
         b = len(env_idx)
         low, high = torch.tensor(self.start_tcp, device=self.device)
-        start = low + (high - low) * self.draw(3, b, self.variation == "robot", (1.0, 1.5)).T
-        q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), 20)
+        start = low + (high - low) * self.sample_uniform(3, b, self.variation == "robot", (1.0, 1.5)).T
+        q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), iterations=20)
         finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
         self.agent.robot.set_qpos(torch.cat([q, finger], -1))
         self._place_objects(env_idx)
+        # Until the first command arrives, a delayed robot holds still with its gripper as it is.
         self._pending[env_idx] = torch.tensor([0.0] * 6 + [self.start_gripper], device=self.device)
-        self._noise = torch.Generator(self.device).manual_seed(int(self._episode_seed[0]))
+        self._noise.manual_seed(int(self._episode_seed[0]))
 
     def reset(self, seed=None, options=None):
         result = super().reset(seed, options)
@@ -422,7 +469,8 @@ class TabletopEnv(BaseEnv):
         action = torch.as_tensor(action, device=self.device, dtype=torch.float32).reshape(self.num_envs, 7)
         if self.domain.action_delay:
             self._pending = torch.cat([self._pending, action[:, None]], 1)
-            action, self._pending = self._pending[:, 0], self._pending[:, 1:]
+            action = self._pending[:, 0]
+            self._pending = self._pending[:, 1:]
         return super()._step_action(action)
 
     def _get_obs_sensor_data(self, apply_texture_transforms=True):
@@ -434,38 +482,91 @@ class TabletopEnv(BaseEnv):
         return data
 
     def _get_obs_extra(self, info):
-        q = self.agent.robot.get_qpos()  # in a Sim2RealEnv that of the real arm, which the twin follows a step later
-        return dict(state=proprioceptive_state(panda_kinematics(q[:, :7])[0], q[:, 7:8] / GRIPPER_OPEN * 2 - 1))
+        # By our kinematics: in a Sim2RealEnv the joints are the real arm's, which the twin's TCP follows a step later.
+        q = self.agent.robot.get_qpos()
+        tcp, _ = panda_kinematics(q[:, :7])
+        return dict(state=proprioceptive_state(tcp, q[:, 7:8]))
 
     def compute_dense_reward(self, obs, action, info):
         """Success plus the change of the task's potential, undiscounted (after Ng 1999)."""
-        before, self._potential = self._potential, self.potential()
+        before = self._potential
+        self._potential = self.potential()
         return info["success"].float() + self._potential - before
+
+    # what tasks are made of -------------------------------------------------------------------------------------------
+    def add_box(self, builder, half_size, color, position=(0, 0, 0), yaw=0.0, density=1000.0, collide=True) -> None:
+        """Add a box (m, rad, kg/m^3) to the builder of an actor or of a link. Without collision it is decoration."""
+        pose = sapien.Pose(position, [np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
+        if collide:
+            builder.add_box_collision(pose, half_size, self._surface(), density)
+        builder.add_box_visual(pose, half_size, self._paint(color))
+
+    def make_box(self, name: str, half_size, color: Vector, position=(0, 0, 0), collide=True):
+        """A box that nothing moves but `set_pose`."""
+        builder = self.scene.create_actor_builder()
+        self.add_box(builder, half_size, color, collide=collide)
+        builder.initial_pose = sapien.Pose(position)
+        return builder.build_kinematic(name)
+
+    def make_object(self, name: str, half_size: float):
+        """The object of a task: a cube; an upright cylinder of another colour where objects are unseen ones."""
+        builder = self.scene.create_actor_builder()
+        mass = self.domain.object_mass
+        if self.variation == "objects":
+            upright = sapien.Pose(q=[0.5**0.5, 0, 0.5**0.5, 0])  # SAPIEN's cylinders lie along x
+            radius = 0.9 * half_size
+            density = mass / (2 * np.pi * radius**2 * half_size)
+            builder.add_cylinder_collision(upright, radius, half_size, self._surface(), density)
+            builder.add_cylinder_visual(upright, radius, half_size, self._paint(UNSEEN_COLOR))
+        else:
+            self.add_box(builder, [half_size] * 3, self.domain.object_color, density=mass / (2 * half_size) ** 3)
+        builder.initial_pose = sapien.Pose()
+        return builder.build(name)
+
+    def _surface(self):
+        return sapien.physx.PhysxMaterial(self.domain.friction, self.domain.friction, 0)
+
+    def _paint(self, color):
+        return sapien.render.RenderMaterial(base_color=[*color, 1], roughness=0.8, specular=0.2)
+
+    def sample_uniform(self, n: int, b: int, unseen: bool, ring: tuple[float, float]) -> Tensor:
+        """Numbers [n,b], uniform in 0..1, for an initial state. `unseen`: the first two lie in a square ring outside of
+        that, from ring[0] to ring[1] away from its centre (0.5 is its edge)."""
+        u = torch.rand(n, b, device=self.device)
+        if unseen:
+            from_center = u[:2] - 0.5
+            norm = from_center.abs().amax(0)  # a square's "radius", 0 .. 0.5
+            u[:2] = 0.5 + from_center / norm * (ring[0] + 2 * (ring[1] - ring[0]) * norm)
+        return u
+
+    def sample_positions(self, n: int, b: int) -> Tensor:
+        """Numbers [n,b], uniform in -1..1, for the places of a task's objects, the first two of them x and y. Unseen
+        positions are up to 60 % further out than any in training."""
+        return self.sample_uniform(n, b, self.variation == "positions", (0.6, 0.8)) * 2 - 1
 
     # what policies see ------------------------------------------------------------------------------------------------
     @property
-    def tcp(self):
+    def tcp(self) -> Pose:
         """TCP pose in the base frame, ManiSkill Pose of [B]."""
         return self.agent.tcp.pose
 
     @property
-    def commanded(self):
+    def commanded(self) -> Tensor:
         """Commanded TCP position [B,3], with the actions that the domain still delays."""
         return self.agent.controller.position + self._pending[..., :3].sum(1)
 
-    def proprioception(self):
-        """Proprioceptive state [B,7]: TCP x y z (m), roll pitch yaw (rad) from pointing down, gripper -1 .. +1."""
-        return proprioceptive_state(self.tcp.to_transformation_matrix(),
-                                    self.agent.robot.get_qpos()[:, 7:8] / GRIPPER_OPEN * 2 - 1)
+    def proprioception(self) -> Tensor:
+        """`proprioceptive_state` [B,7] of the simulated arm."""
+        return proprioceptive_state(self.tcp.to_transformation_matrix(), self.agent.robot.get_qpos()[:, 7:8])
 
-    def observe(self, obs: dict | None = None):
+    def observe(self, obs: dict | None = None) -> dict:
         """Observation of the policy contract: image uint8 [B,H,W,3], state float32 [B,7], prompt B strings; from
         ManiSkill's own `obs` of a reset, which has its picture already, or anew."""
         sensors = obs["sensor_data"] if obs else self._get_obs_sensor_data()
-        return dict(image=sensors["base_0_rgb"]["rgb"], state=self.proprioception(),
-                    prompt=[self.instruction] * self.num_envs)
+        image = sensors["base_0_rgb"]["rgb"]
+        return dict(image=image, state=self.proprioception(), prompt=[self.instruction] * self.num_envs)
 
-    def step_chunk(self, actions, frames: list | None = None):
+    def step_chunk(self, actions: Tensor, frames: list | None = None) -> tuple[Tensor, Tensor, Tensor, dict]:
         """Execute a chunk open loop and render once, at its end, when the caller asks with `observe()`.
 
         actions: float32 [B,C,7] -> reward [B] (sum over the chunk), terminated [B], truncated [B], info. An episode
@@ -473,10 +574,10 @@ class TabletopEnv(BaseEnv):
         """
         total = torch.zeros(self.num_envs, device=self.device)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        truncated = terminated.clone()
+        truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         for action in torch.as_tensor(actions, device=self.device).unbind(1):
             running = ~(terminated | truncated)
-            action = self._step_action(action * running[:, None])
+            action = self._step_action(action * running[:, None])  # what has ended stands still while others go on
             self._elapsed_steps += running
             info = self.get_info()
             total += self.get_reward(None, action, info) * running
@@ -489,39 +590,58 @@ class TabletopEnv(BaseEnv):
         return total, terminated, truncated, dict(info, success=terminated)
 
 
-def yaw_quaternion(yaw):
+# ---- tasks ------------------------------------------------------------------------------------------------------
+
+
+def yaw_quaternion(yaw: Tensor) -> Tensor:
     """Rotation about z by yaw [B] (rad) as a quaternion [B,4], w first."""
     zero = torch.zeros_like(yaw)
     return torch.stack([(yaw / 2).cos(), zero, zero, (yaw / 2).sin()], -1)
 
 
-class Hand:
-    """Moves the arm of a scripted expert as a person would teleoperate it: an own pace, soft starts, tremor, pauses."""
+def up(height: float) -> np.ndarray:
+    """A vector [3] that points upwards, `height` (m) long."""
+    return np.array([0, 0, height])
 
-    def __init__(self, env, rng):
-        self.env, self.rng, self.pace, self.velocity = env, rng, rng.uniform(0.7, 1.2), np.zeros(3)
 
-    def towards(self, target, speed, gripper):
-        """The action [7] that moves the TCP to the position `target` [3] (m), at no more than `speed` (m/s)."""
+class Teleoperator:
+    """Moves the arm of a scripted demonstrator as a person would: an own pace, soft starts, tremor, pauses.
+
+    Positions are [3] (m), speeds m/s, `gripper` is -1 (closed) to +1 (open).
+    """
+
+    def __init__(self, env: TabletopEnv, rng: np.random.Generator):
+        self.env = env
+        self.rng = rng
+        self.pace = rng.uniform(0.7, 1.2)
+        self.velocity = np.zeros(3)  # m a control step
+
+    def towards(self, target: np.ndarray, speed: float, gripper: float) -> np.ndarray:
+        """The action [7] that moves the TCP to the position `target`, at no more than `speed`."""
         step = target - self.env.commanded[0].numpy()
         step *= min(1, speed * self.pace / CONTROL_HZ / (np.linalg.norm(step) + 1e-9))
         self.velocity = 0.3 * self.velocity + 0.7 * step  # nobody starts or stops at once
-        return np.float32([*(self.velocity + self.rng.normal(0, 0.0005, 3)), 0, 0, 0, gripper])
+        tremor = self.rng.normal(0, 0.0005, 3)
+        return np.float32([*(self.velocity + tremor), 0, 0, 0, gripper])
 
-    def reach(self, target, speed, gripper, tolerance=0.007, patience=3.0):
-        """Actions until the TCP is where `target()` is, which may move, or `patience` (s) ends: something is in the way."""
+    def reach(self, target, speed: float, gripper: float, tolerance=0.007, patience=3.0) -> Iterator[np.ndarray]:
+        """Actions until the TCP is within `tolerance` (m) of `target`, a position or, where that moves, a function that
+        returns it; or until `patience` (s) ends: something is in the way."""
         for _ in range(int(patience * CONTROL_HZ)):
-            if np.linalg.norm(target() - self.env.tcp.p[0].numpy()) < tolerance:
+            position = target() if callable(target) else target
+            if np.linalg.norm(position - self.env.tcp.p[0].numpy()) < tolerance:
                 break
-            yield self.towards(target(), speed, gripper)
+            yield self.towards(position, speed, gripper)
 
-    def stay(self, steps, gripper):
+    def hold(self, steps: int, gripper: float) -> Iterator[np.ndarray]:
+        """Actions that keep the arm where it is for some control steps, while the gripper moves."""
         for _ in range(steps):
             yield self.towards(self.env.commanded[0].numpy(), 0, gripper)
 
-    def hesitate(self, gripper):
+    def hesitate(self, gripper: float) -> Iterator[np.ndarray]:
         """A third of the time, a pause of up to four control steps."""
-        yield from self.stay(self.rng.integers(1, 5) if self.rng.random() < 0.35 else 0, gripper)
+        if self.rng.random() < 0.35:
+            yield from self.hold(self.rng.integers(1, 5), gripper)
 
 
 class PushCube(TabletopEnv):
@@ -530,17 +650,20 @@ class PushCube(TabletopEnv):
     instruction = "push the cube to the target"
     max_episode_steps = 56
     start_gripper = -1.0
-    half_size, tolerance, at_rest = 0.025, 0.025, 0.03  # m, m, m/s
+    half_size = 0.025  # m
+    tolerance = 0.025  # m, from the cube's centre to the square's
+    at_rest = 0.03  # m/s
 
     def _load_objects(self):
-        self.cube = self.movable("cube", self.half_size)
-        self.goal = self.box("goal", (self.half_size + self.tolerance,) * 2 + (0.001,), self.domain.goal_color,
-                             collide=False)
+        self.cube = self.make_object("cube", self.half_size)
+        side = self.half_size + self.tolerance
+        self.goal = self.make_box("goal", (side, side, 0.001), self.domain.goal_color, collide=False)
 
     def _place_objects(self, env_idx):
-        x, y, yaw, distance, angle = self.draw_places(5, len(env_idx))
+        x, y, yaw, distance, angle = self.sample_positions(5, len(env_idx))
         cube = torch.stack([0.46 + 0.04 * x, 0.10 * y, torch.full_like(x, self.half_size)], -1)
-        heading, length = 0.35 * angle, 0.15 + 0.03 * distance
+        heading = 0.35 * angle
+        length = 0.15 + 0.03 * distance
         goal = cube + torch.stack([length * heading.cos(), length * heading.sin(), -cube[:, 2]], -1)
         self.cube.set_pose(Pose.create_from_pq(cube, yaw_quaternion(0.3 * yaw)))
         self.goal.set_pose(Pose.create_from_pq(goal))
@@ -552,24 +675,30 @@ class PushCube(TabletopEnv):
         return dict(success=(distance < self.tolerance) & (speed < self.at_rest) & on_table)
 
     def potential(self):
-        """0 .. 0.75: nearness of the TCP to the cube's far side (a third), of the cube to the goal (the rest)."""
-        cube, way = self.cube.pose.p, self.goal.pose.p - self.cube.pose.p
+        """Nearness of the TCP to the cube's far side (a third), of the cube to the goal (the rest)."""
+        cube = self.cube.pose.p
+        way = self.goal.pose.p - cube
         distance = torch.linalg.norm(way[:, :2], dim=-1)
-        behind = cube - torch.nn.functional.normalize(way * torch.tensor([1.0, 1, 0], device=self.device), dim=-1) * 0.035
+        level = way * torch.tensor([1.0, 1, 0], device=self.device)
+        behind = cube - torch.nn.functional.normalize(level, dim=-1) * 0.035
         reach = torch.linalg.norm(self.tcp.p - behind, dim=-1)
         return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (1 - torch.tanh(8 * distance))
 
-    def expert(self, rng):
-        """Yields actions [7]: over the far side, down, push along a misjudged line that is corrected late."""
-        hand, misjudged, patience, way = Hand(self, rng), rng.normal(0, 0.017), rng.uniform(0.15, 0.5), np.zeros(2)
+    def demonstrator(self, rng):
+        """Over the far side, down, push along a misjudged line that is corrected late; again if the cube slips away."""
+        operator = Teleoperator(self, rng)
+        misjudged = rng.normal(0, 0.017)  # m, to the side
+        patience = rng.uniform(0.15, 0.5)  # share of the way that is left when the line is corrected
+        way = np.zeros(2, np.float32)  # direction to push in
 
         def look():
-            """TCP [3], push direction [2], its normal [2], cube to goal (m), TCP's lateral offset from the cube (m)."""
-            nonlocal way
-            tcp, cube, goal = (p[0].numpy() for p in (self.tcp.p, self.cube.pose.p, self.goal.pose.p))
-            left = np.linalg.norm((goal - cube)[:2])
-            if left > self.tolerance or not way.any():  # nearer than that the direction means nothing
-                way = (goal - cube)[:2] / left
+            """TCP [3], cube [3], the normal [2] of `way`, cube to goal (m), TCP's lateral offset from the cube (m)."""
+            tcp = self.tcp.p[0].numpy()
+            cube = self.cube.pose.p[0].numpy()
+            to_goal = (self.goal.pose.p[0].numpy() - cube)[:2]
+            left = np.linalg.norm(to_goal)
+            if left > self.tolerance or not way.any():  # nearer than that its direction means nothing: keep the last
+                way[:] = to_goal / left
             side = np.array([-way[1], way[0]])
             return tcp, cube, side, left, (tcp - cube)[:2] @ side
 
@@ -578,10 +707,11 @@ class PushCube(TabletopEnv):
             return np.array([*(cube[:2] - way * (self.half_size + 0.009 + gap) + side * misjudged), height])
 
         while True:
-            for gap, height, speed in ((0.04, 0.09, 0.25), (0.025, 0.02, 0.2)):
-                yield from hand.reach(lambda: behind(gap, height), speed, -1)
-                yield from hand.hesitate(-1)
-            start = look()[3]
+            yield from operator.reach(lambda: behind(0.04, 0.09), 0.25, -1)
+            yield from operator.hesitate(-1)
+            yield from operator.reach(lambda: behind(0.025, 0.02), 0.2, -1)
+            yield from operator.hesitate(-1)
+            _, _, _, start, _ = look()
             while True:
                 tcp, cube, side, left, lateral = look()
                 if abs(lateral) > 0.024 or (cube - tcp)[:2] @ way < 0:
@@ -590,10 +720,10 @@ class PushCube(TabletopEnv):
                 ahead = way * (left + 0.005 if left > 0.01 else 0) + side * correction
                 target = np.array([*(tcp[:2] + ahead), 0.02])
                 underway = (self.commanded[0].numpy() - tcp)[:2] @ way  # what the arm still lags
-                yield hand.towards(target, 0.2 * np.clip((left - underway) / 0.08, 0.15, 1), -1)
+                yield operator.towards(target, 0.2 * np.clip((left - underway) / 0.08, 0.15, 1), -1)
             for _ in range(4):
-                yield hand.towards(tcp + np.array([*(-way * 0.02), 0.08]), 0.25, -1)
-            misjudged *= 0.2  # who has missed looks closer
+                yield operator.towards(tcp + np.array([*(-way * 0.02), 0.08]), 0.25, -1)
+            misjudged *= 0.2  # after a miss, a person looks closer
 
 
 class PickPlace(TabletopEnv):
@@ -601,24 +731,31 @@ class PickPlace(TabletopEnv):
 
     instruction = "put the block into the bowl"
     max_episode_steps = 64
-    half_size, radius, rim, at_rest = 0.02, 0.06, 0.04, 0.03  # m; of the block, of the bowl; m/s
+    half_size = 0.02  # m, of the block
+    radius = 0.06  # m, of the bowl
+    rim = 0.04  # m, the bowl's height
+    at_rest = 0.03  # m/s
 
     def _load_objects(self):
-        self.block = self.movable("block", self.half_size)
-        bowl, sides = self.scene.create_actor_builder(), 10
-        self.add_box(bowl, (0.8 * self.radius, 0.8 * self.radius, 0.002), self.domain.goal_color, (0, 0, 0.002))
+        self.block = self.make_object("block", self.half_size)
+        color = self.domain.goal_color
+        bowl = self.scene.create_actor_builder()
+        self.add_box(bowl, (0.8 * self.radius, 0.8 * self.radius, 0.002), color, (0, 0, 0.002))
+        sides = 10
+        wall = (0.003, self.radius * np.tan(np.pi / sides), self.rim / 2)
         for angle in 2 * np.pi * np.arange(sides) / sides:
-            self.add_box(bowl, (0.003, self.radius * np.tan(np.pi / sides), self.rim / 2), self.domain.goal_color,
-                         (self.radius * np.cos(angle), self.radius * np.sin(angle), self.rim / 2), angle)
+            center = (self.radius * np.cos(angle), self.radius * np.sin(angle), self.rim / 2)
+            self.add_box(bowl, wall, color, center, yaw=angle)
         bowl.initial_pose = sapien.Pose()
         self.bowl = bowl.build_kinematic("bowl")
 
     def _place_objects(self, env_idx):
-        x, y, yaw, bowl_x, bowl_y = self.draw_places(5, len(env_idx))
+        x, y, yaw, bowl_x, bowl_y = self.sample_positions(5, len(env_idx))
         zero = torch.zeros_like(x)
-        self.block.set_pose(Pose.create_from_pq(torch.stack([0.46 + 0.05 * x, 0.11 + 0.05 * y, zero + self.half_size], -1),
-                                                yaw_quaternion(0.3 * yaw)))
-        self.bowl.set_pose(Pose.create_from_pq(torch.stack([0.48 + 0.04 * bowl_x, -0.13 + 0.03 * bowl_y, zero], -1)))
+        block = torch.stack([0.46 + 0.05 * x, 0.11 + 0.05 * y, zero + self.half_size], -1)
+        bowl = torch.stack([0.48 + 0.04 * bowl_x, -0.13 + 0.03 * bowl_y, zero], -1)
+        self.block.set_pose(Pose.create_from_pq(block, yaw_quaternion(0.3 * yaw)))
+        self.bowl.set_pose(Pose.create_from_pq(bowl))
 
     def _inside(self):
         """Is the block's centre within the bowl's walls, and at what height above the table (m)?"""
@@ -632,7 +769,7 @@ class PickPlace(TabletopEnv):
         return dict(success=inside & (height < self.rim) & released & (speed < self.at_rest))
 
     def potential(self):
-        """0 .. 0.75: nearness of the TCP to the block (a fifth), the block's way over the rim and down (the rest)."""
+        """Nearness of the TCP to the block (a fifth), the block's way over the rim and down (the rest)."""
         inside, height = self._inside()
         reach = torch.linalg.norm(self.tcp.p - self.block.pose.p, dim=-1)
         outside = torch.linalg.norm((self.block.pose.p - self.bowl.pose.p)[:, :2], dim=-1)
@@ -640,76 +777,96 @@ class PickPlace(TabletopEnv):
         way = torch.where(inside, height, outside + (over - height).clip(min=0) + over)
         return 0.15 * (1 - torch.tanh(6 * reach) * ~inside) + 0.6 * (1 - torch.tanh(4 * way))
 
-    def expert(self, rng):
-        """Yields actions [7]: over the block, down, close, lift, over the bowl, open; again if the block was lost."""
-        hand, misjudged = Hand(self, rng), np.array([*rng.normal(0, 0.005, 2), 0])
-        block, bowl = (lambda x=x: x.pose.p[0].numpy() for x in (self.block, self.bowl))
-        up = lambda height: np.array([0, 0, height])
+    def demonstrator(self, rng):
+        """Over the block, down, close, lift, over the bowl, open; again if the block was lost."""
+        operator = Teleoperator(self, rng)
+        misjudged = np.array([*rng.normal(0, 0.005, 2), 0])
+
+        def block():
+            return self.block.pose.p[0].numpy()
+
+        def bowl():
+            return self.bowl.pose.p[0].numpy()
+
         while True:
-            yield from hand.reach(lambda: block() + misjudged + up(0.07), 0.3, 1, 0.015)
-            yield from hand.hesitate(1)
-            grasp = block() + misjudged / 2
-            yield from hand.reach(lambda: grasp, 0.2, 1)
-            yield from hand.stay(3, -1)
-            yield from hand.reach(lambda: grasp + up(0.09), 0.3, -1, 0.02)
+            yield from operator.reach(lambda: block() + misjudged + up(0.07), 0.3, 1, 0.015)
+            yield from operator.hesitate(1)
+            grasp = block() + misjudged / 2  # where the block was: closing fingers move it
+            yield from operator.reach(grasp, 0.2, 1)
+            yield from operator.hold(3, -1)
+            yield from operator.reach(grasp + up(0.09), 0.3, -1, 0.02)
             if block()[2] > self.rim:
-                yield from hand.reach(lambda: bowl() + misjudged + up(0.11), 0.3, -1, 0.015)
-                yield from hand.hesitate(-1)
-                yield from hand.reach(lambda: bowl() + misjudged + up(0.07), 0.2, -1, 0.01)
-            yield from hand.stay(4, 1)
-            yield from hand.reach(lambda: bowl() + up(0.14), 0.3, 1, 0.02)
+                yield from operator.reach(lambda: bowl() + misjudged + up(0.11), 0.3, -1, 0.015)
+                yield from operator.hesitate(-1)
+                yield from operator.reach(lambda: bowl() + misjudged + up(0.07), 0.2, -1, 0.01)
+            yield from operator.hold(4, 1)
+            yield from operator.reach(lambda: bowl() + up(0.14), 0.3, 1, 0.02)
 
 
 class Drawer(TabletopEnv):
     """A cabinet to the right of the robot, whose drawer comes out to the left by a bar handle."""
 
     max_episode_steps = 48
-    half_width, depth, height, travel = 0.07, 0.20, 0.09, 0.19  # m
-    handle_gap, handle_height = 0.06, 0.07  # m, from the front and from the table
+    start_opening: tuple[float, float]  # m, the range in which the drawer starts
+    half_width = 0.07  # m, of the drawer
+    depth = 0.20  # m
+    height = 0.09  # m
+    travel = 0.19  # m
+    handle_gap = 0.06  # m, from the drawer's front to the handle
+    handle_height = 0.07  # m, above the table
 
     def _load_objects(self):
-        d, unseen = self.domain, self.variation == "objects"
-        color, handle = UNSEEN_COLOR if unseen else d.object_color, (0.02 if unseen else 0.03, 0.005, 0.007)
-        w, t = self.half_width, 0.004
+        unseen = self.variation == "objects"
+        color = UNSEEN_COLOR if unseen else self.domain.object_color
         builder = self.scene.create_articulation_builder()
+        w = self.half_width
+        t = 0.004  # half the thickness of the walls
+
         body = builder.create_link_builder()
         body.set_name("body")
-        for half_size, position in (((w + 2 * t, self.depth / 2, t), (0, -self.depth / 2, self.height - t)),
-                                    ((t, self.depth / 2, self.height / 2), (-w - t, -self.depth / 2, self.height / 2)),
-                                    ((t, self.depth / 2, self.height / 2), (w + t, -self.depth / 2, self.height / 2)),
-                                    ((w, t, self.height / 2), (0, t - self.depth, self.height / 2))):
-            self.add_box(body, half_size, np.array(color) * 0.6 + 0.1, position)
+        pale = np.array(color) * 0.6 + 0.1
+        wall = (t, self.depth / 2, self.height / 2)
+        self.add_box(body, (w + 2 * t, self.depth / 2, t), pale, (0, -self.depth / 2, self.height - t))  # top
+        self.add_box(body, wall, pale, (-w - t, -self.depth / 2, self.height / 2))
+        self.add_box(body, wall, pale, (w + t, -self.depth / 2, self.height / 2))
+        self.add_box(body, (w, t, self.height / 2), pale, (0, t - self.depth, self.height / 2))  # back
+
         drawer = builder.create_link_builder(body)
         drawer.set_name("drawer")
         along_y = sapien.Pose(q=[0.5**0.5, 0, 0, 0.5**0.5])  # a prismatic joint moves along the x axis of its frames
         drawer.set_joint_properties("prismatic", [[0, self.travel]], along_y, along_y, friction=0.0, damping=20.0)
-        inside, top = self.depth - 0.02, self.height - 3 * t
-        for half_size, position in (((w, t, top / 2 - 0.002), (0, 0, top / 2 + 0.002)),
-                                    ((w - t, inside / 2, t), (0, -inside / 2, 0.01)),
-                                    ((t, inside / 2, 0.02), (t - w, -inside / 2, 0.03)),
-                                    ((t, inside / 2, 0.02), (w - t, -inside / 2, 0.03))):
-            self.add_box(drawer, half_size, color, position, density=300)
-        for side in (-1, 1):
-            self.add_box(drawer, (0.005, self.handle_gap / 2, 0.005), d.goal_color,
-                         (side * (handle[0] - 0.005), self.handle_gap / 2, self.handle_height))
-        self.add_box(drawer, handle, d.goal_color, (0, self.handle_gap, self.handle_height))
+        inside = self.depth - 0.02
+        top = self.height - 3 * t
+        wall = (t, inside / 2, 0.02)
+        light = 300  # kg/m^3: the arm has to move it
+        self.add_box(drawer, (w, t, top / 2 - 0.002), color, (0, 0, top / 2 + 0.002), density=light)  # front
+        self.add_box(drawer, (w - t, inside / 2, t), color, (0, -inside / 2, 0.01), density=light)  # bottom
+        self.add_box(drawer, wall, color, (t - w, -inside / 2, 0.03), density=light)
+        self.add_box(drawer, wall, color, (w - t, -inside / 2, 0.03), density=light)
+
+        goal_color = self.domain.goal_color
+        half_length = 0.02 if unseen else 0.03
+        for side in (-1, 1):  # two arms that hold the bar
+            position = (side * (half_length - 0.005), self.handle_gap / 2, self.handle_height)
+            self.add_box(drawer, (0.005, self.handle_gap / 2, 0.005), goal_color, position)
+        self.add_box(drawer, (half_length, 0.005, 0.007), goal_color, (0, self.handle_gap, self.handle_height))
         builder.initial_pose = sapien.Pose()
         self.cabinet = builder.build("cabinet", fix_root_link=True)
         self.drawer = self.cabinet.links_map["drawer"]
 
     def _place_objects(self, env_idx):
-        x, y, yaw, opening = self.draw_places(4, len(env_idx))
+        x, y, yaw, opening = self.sample_positions(4, len(env_idx))
         position = torch.stack([0.47 + 0.05 * x, -0.12 + 0.03 * y, torch.zeros_like(x)], -1)
         self.cabinet.set_pose(Pose.create_from_pq(position, yaw_quaternion(0.15 * yaw)))
         low, high = self.start_opening
         self.cabinet.set_qpos((low + (high - low) * (opening + 1) / 2)[:, None])
 
     @property
-    def opening(self):
+    def opening(self) -> Tensor:
         """How far the drawer is out, [B] (m)."""
         return self.cabinet.get_qpos()[:, 0]
 
-    def handle(self, outward=0.0):
+    def handle(self, outward: float = 0.0) -> Tensor:
         """Position [B,3] of the middle of the handle, or of a point so much further out (m)."""
         matrix = self.drawer.pose.to_transformation_matrix()
         offset = torch.tensor([0, self.handle_gap + outward, self.handle_height], device=self.device)
@@ -724,32 +881,38 @@ class OpenDrawer(Drawer):
 
     instruction = "open the drawer"
     max_episode_steps = 60  # to come again takes time
-    start_opening, goal = (0.0, 0.01), 0.15  # m
+    start_opening = (0.0, 0.01)
+    goal = 0.15  # m
     start_gripper = 0.0  # wide open it would not fit behind the handle
 
     def evaluate(self):
         return dict(success=(self.opening > self.goal) & self._rests())
 
     def potential(self):
-        """0 .. 0.75: nearness of the TCP to the handle (a third), the drawer's opening (the rest)."""
+        """Nearness of the TCP to the handle (a third), the drawer's opening (the rest)."""
         reach = torch.linalg.norm(self.tcp.p - self.handle(), dim=-1)
         return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (self.opening / self.goal).clip(max=1)
 
-    def expert(self, rng):
-        """Yields actions [7]: over the handle, down around it, close, pull; again if the handle slipped away."""
-        hand, misjudged, opened = Hand(self, rng), np.array([*rng.normal(0, 0.01, 2), 0]), self.start_gripper
-        handle = lambda height, outward=0.0: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
+    def demonstrator(self, rng):
+        """Over the handle, down around it, close, pull; again if the handle slips away."""
+        operator = Teleoperator(self, rng)
+        misjudged = np.array([*rng.normal(0, 0.01, 2), 0])
+        opened = self.start_gripper
+
+        def handle(height, outward=0.0):
+            return self.handle(outward)[0].numpy() + misjudged + up(height)
+
         while True:
-            yield from hand.reach(lambda: handle(0.06), 0.3, opened, 0.015)
-            yield from hand.hesitate(opened)
-            yield from hand.reach(lambda: handle(-0.005), 0.2, opened, 0.01, 1.2)
-            misjudged *= 0.2  # who is there, or has missed, looks closer
+            yield from operator.reach(lambda: handle(0.06), 0.3, opened, 0.015)
+            yield from operator.hesitate(opened)
+            yield from operator.reach(lambda: handle(-0.005), 0.2, opened, 0.01, 1.2)
+            misjudged *= 0.2  # once there, or after a miss, a person looks closer
             if self.tcp.p[0, 2] < self.handle_height + 0.005:
-                yield from hand.stay(2, -1)
+                yield from operator.hold(2, -1)
                 while np.linalg.norm(handle(-0.005) - self.tcp.p[0].numpy()) < 0.04:
                     left = self.goal + 0.015 - float(self.opening[0])
-                    yield hand.towards(handle(-0.005, max(left, 0)), 0.2, -1)
-            yield from hand.reach(lambda: handle(0.06, 0.01), 0.3, opened, 0.02)
+                    yield operator.towards(handle(-0.005, max(left, 0)), 0.2, -1)
+            yield from operator.reach(lambda: handle(0.06, 0.01), 0.3, opened, 0.02)
 
 
 class CloseDrawer(Drawer):
@@ -757,57 +920,70 @@ class CloseDrawer(Drawer):
 
     instruction = "close the drawer"
     start_gripper = -1.0
-    start_opening, goal = (0.10, 0.17), 0.01  # m
+    start_opening = (0.10, 0.17)
+    goal = 0.01  # m
 
     def evaluate(self):
         shut = self.opening < 0.001  # where a hand that goes on pressing leaves the solver a velocity
         return dict(success=(self.opening < self.goal) & (self._rests() | shut))
 
     def potential(self):
-        """0 .. 0.75: nearness of the TCP to the front of the handle (a third), how far the drawer is shut (the rest)."""
+        """Nearness of the TCP to the front of the handle (a third), how far the drawer is shut (the rest)."""
         reach = torch.linalg.norm(self.tcp.p - self.handle(0.02), dim=-1)
         return 0.25 * (1 - torch.tanh(6 * reach)) + 0.5 * (1 - self.opening / self.travel)
 
-    def expert(self, rng):
-        """Yields actions [7]: in front of the handle, down, push; again if the hand came down on it or has missed it."""
-        hand, misjudged = Hand(self, rng), np.array([*rng.normal(0, 0.012, 2), 0])
-        front = lambda outward, height: self.handle(outward)[0].numpy() + misjudged + np.array([0, 0, height])
+    def demonstrator(self, rng):
+        """In front of the handle, down, push; again if the hand comes down on it or misses it."""
+        operator = Teleoperator(self, rng)
+        misjudged = np.array([*rng.normal(0, 0.012, 2), 0])
+
+        def front(outward, height):
+            return self.handle(outward)[0].numpy() + misjudged + up(height)
+
+        def before_it():
+            x, y, z = self.tcp.p[0].numpy() - front(0, 0)
+            return y > 0 and max(abs(x), abs(z)) < 0.03
+
         while True:
-            yield from hand.reach(lambda: front(0.03, 0.06), 0.3, -1, 0.015)
-            yield from hand.hesitate(-1)
-            yield from hand.reach(lambda: front(0.03, 0), 0.25, -1, 0.01, 1.2)
-            misjudged *= 0.2  # who is there, or has missed, looks closer
-            while (off := self.tcp.p[0].numpy() - front(0, 0))[1] > 0 and np.abs(off[[0, 2]]).max() < 0.03:
-                yield hand.towards(front(0.01 - float(self.opening[0]), 0), 0.25, -1)
-            yield from hand.reach(lambda: front(0.04, 0.07), 0.3, -1, 0.02)
+            yield from operator.reach(lambda: front(0.03, 0.06), 0.3, -1, 0.015)
+            yield from operator.hesitate(-1)
+            yield from operator.reach(lambda: front(0.03, 0), 0.25, -1, 0.01, 1.2)
+            misjudged *= 0.2  # once there, or after a miss, a person looks closer
+            while before_it():
+                yield operator.towards(front(0.01 - float(self.opening[0]), 0), 0.25, -1)
+            yield from operator.reach(lambda: front(0.04, 0.07), 0.3, -1, 0.02)
 
 
 TASKS = dict(pick_place=PickPlace, push_cube=PushCube, open_drawer=OpenDrawer, close_drawer=CloseDrawer)
 
 
-def check_task(task: str):
+def require_task(task: str) -> None:
+    """UserError if there is no task of that name."""
     if task not in TASKS:
-        raise SystemExit(f"no task '{task}': choose one of {', '.join(TASKS)} (envs.TASKS)")
+        raise UserError(f"no task '{task}': choose one of {', '.join(TASKS)} (envs.TASKS)")
 
 
 def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
-    """One environment, or one clear line where nothing can render."""
-    check_task(task)
+    """One environment; `kwargs` are TabletopEnv's. UserError if there is no such task, or where nothing can render."""
+    require_task(task)
     try:
         return TASKS[task](domain, **kwargs)
     except RuntimeError as error:
         if "rendering device" not in str(error):
             raise
-        raise SystemExit("SAPIEN finds no Vulkan device to render with: run `make setup`, or install a GPU's Vulkan "
-                         "driver, or Mesa's lavapipe >= 24.3 (package mesa-vulkan-drivers)") from error
+        raise UserError(
+            "SAPIEN finds no Vulkan device to render with: run `make setup`, or install a GPU's Vulkan "
+            "driver, or Mesa's lavapipe >= 24.3 (package mesa-vulkan-drivers)"
+        ) from error
 
 
-# ------------------------------------------------------------------------------------------------------- demonstrations
+# ---- demonstrations ---------------------------------------------------------------------------------------------
+
 _cached: dict = {}  # a process that demonstrates keeps its environment: making one takes seconds
 
 
-def demonstrate(task: str, domain: Domain, seed: int, fresh=False) -> dict:
-    """One episode of the scripted expert, rendered at every control step; `fresh` builds the scene anew.
+def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False) -> dict:
+    """One episode of the scripted demonstrator, rendered at every control step; `fresh` builds the scene anew.
 
     -> image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what was seen
     and then done at control step t.
@@ -817,7 +993,7 @@ def demonstrate(task: str, domain: Domain, seed: int, fresh=False) -> dict:
     env = _cached[task, domain]
     env.reset(seed=[seed], options=dict(reconfigure=fresh))
     steps = []
-    for action in env.expert(np.random.default_rng(seed)):
+    for action in env.demonstrator(np.random.default_rng(seed)):
         obs = env.observe()
         steps.append((obs["image"][0].numpy(), obs["state"][0].numpy(), action))
         _, terminated, truncated, _ = env.step_chunk(torch.from_numpy(action)[None, None])
@@ -827,20 +1003,23 @@ def demonstrate(task: str, domain: Domain, seed: int, fresh=False) -> dict:
     return dict(image=image, state=state, action=action, prompt=env.instruction, success=bool(terminated), seed=seed)
 
 
-# ------------------------------------------------------------------------------------------------------- vectorised env
+# ---- vectorised environment -------------------------------------------------------------------------------------
+
+
 def _worker(pipe, task, domain, num_envs, stride, kwargs):
-    """Steps several environments in one process. One ManiSkill process takes half a GB, one more scene almost nothing."""
+    """Steps several environments in one process: a ManiSkill process takes half a GB, one more scene almost nothing."""
     torch.set_num_threads(1)
+
+    def see(env, obs=None):
+        obs = env.observe(obs)
+        return obs["image"][0].numpy(), obs["state"][0].numpy()
+
     try:
-        worlds, seeds = [], [0] * num_envs
+        worlds = []
         for _ in range(num_envs):
             gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
             worlds.append(make(task, domain, **kwargs))
-
-        def see(env, obs=None):
-            obs = env.observe(obs)
-            return obs["image"][0].numpy(), obs["state"][0].numpy()
-
+        seeds = [0] * num_envs
         while True:
             command, rows, auto_reset, video = pipe.recv()
             replies = []
@@ -853,59 +1032,68 @@ def _worker(pipe, task, domain, num_envs, stride, kwargs):
                 else:
                     frames = [] if video else None
                     reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(row)[None], frames)
-                    length, seen, final = int(env.elapsed_steps[0]), None, None
-                    if truncated and auto_reset:
-                        final = see(env)  # only a truncated episode's end is bootstrapped from
-                    if not (terminated or truncated):
-                        seen = see(env)
-                    elif auto_reset:
+                    length = int(env.elapsed_steps[0])  # before a reset
+                    ended = terminated or truncated
+                    final = see(env) if truncated and auto_reset else None  # success is not bootstrapped from
+                    seen = None if ended else see(env)
+                    if ended and auto_reset:
                         seeds[i] += stride
                         seen = see(env, env.reset(seed=[seeds[i]])[0])
                     replies.append((seen, float(reward), bool(terminated), bool(truncated), length, final, frames))
             pipe.send(replies)
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):  # the parent is gone
         pass
-    except SystemExit as error:  # one clear line, from `make`
+    except UserError as error:  # one clear line, from `make`
         pipe.send(error)
-    except Exception as error:
+    except Exception as error:  # raised in the parent, with the place where it happened
         pipe.send(RuntimeError(f"an environment worker failed: {error}\n{traceback.format_exc()}"))
 
 
 class VecEnv:
     """Environments of one task and domain in worker processes, stepped a chunk at a time, reset by themselves.
 
+    An observation is image uint8 [B,H,W,3], state float32 [B,7] (`proprioceptive_state`) and prompt, B strings; an
+    action is that of `DeltaPoseController`. Every episode has a seed, which alone decides its initial state and its
+    camera's noise. Stage II needs `reset`, `step`, `num_envs` and `max_episode_steps`; `play` is for evaluation.
+
     The processes start in the background, in some ten seconds; the first `reset` waits for them.
     """
 
-    def __init__(self, task: str, domain: Domain, num_envs=32, workers: int | None = None, **kwargs):
-        check_task(task)
+    def __init__(self, task: str, domain: Domain, num_envs: int = 32, workers: int | None = None, **kwargs):
+        """`workers`: processes, one a core by default. `kwargs` are those of `make`."""
+        require_task(task)
         workers = max(1, min(workers or len(os.sched_getaffinity(0)), num_envs))
-        self.num_envs, self.pipes, self.processes = num_envs, [], []
-        self.slices = [range(w, num_envs, workers) for w in range(workers)]
+        self.num_envs = num_envs
+        self.instruction = TASKS[task].instruction
+        self.max_episode_steps = TASKS[task].max_episode_steps
+        self.slices = [range(w, num_envs, workers) for w in range(workers)]  # the rows of each worker
+        self.pipes = []
+        self.processes = []
         context = mp.get_context("spawn")
         for rows in self.slices:
             pipe, child = context.Pipe()
-            process = context.Process(target=_worker, daemon=True,
-                                      args=(child, task, domain, len(rows), num_envs, kwargs))
+            arguments = (child, task, domain, len(rows), num_envs, kwargs)
+            process = context.Process(target=_worker, args=arguments, daemon=True)
             process.start()
             child.close()
-            self.pipes.append(pipe), self.processes.append(process)
-        self.instruction, self.max_episode_steps = TASKS[task].instruction, TASKS[task].max_episode_steps
+            self.pipes.append(pipe)
+            self.processes.append(process)
 
     @staticmethod
     def _receive(pipe):
         try:
             reply = pipe.recv()
         except (EOFError, ConnectionResetError):
-            raise SystemExit("an environment worker died: its message is above (out of memory if there is none)")
+            raise UserError("an environment worker died: its message is above, or it ran out of memory") from None
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
     def _exchange(self, command, rows, auto_reset=True, video=False):
+        """Send environments by their number what they need, a seed or a chunk -> replies, None for the others."""
         for pipe, indices in zip(self.pipes, self.slices):
             try:
-                pipe.send((command, [rows[i] for i in indices], auto_reset, video))
+                pipe.send((command, [rows.get(i) for i in indices], auto_reset, video))
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the worker is gone; what it had to say is in the pipe
         replies = [None] * self.num_envs
@@ -919,96 +1107,118 @@ class VecEnv:
         return dict(image=image, state=state, prompt=[self.instruction] * len(seen))
 
     def reset(self, seed: int) -> dict:
-        """Start every environment anew. Environment i plays the episodes seed + i, seed + i + num_envs, ..."""
-        return self._stack(self._exchange("reset", [seed + i for i in range(self.num_envs)]))
+        """Start every environment anew -> observation. Environment i plays the episodes seed + i, seed + i + num_envs,
+        ..."""
+        return self._stack(self._exchange("reset", {i: seed + i for i in range(self.num_envs)}))
 
-    def step(self, actions):
-        """actions float32 [B,C,7] -> obs, reward [B], terminated [B], truncated [B], info.
+    def step(self, actions: Tensor) -> tuple[dict, Tensor, Tensor, Tensor, dict]:
+        """actions float32 [B,C,7] -> observation, reward [B] (sum over the chunk), terminated [B] (success), truncated
+        [B] (out of time), info.
 
-        Episodes that end are reset, so `obs` then is the next episode's first; info["final_obs"] has the last
-        observations of the truncated ones, in row order, to bootstrap their value from; info["length"] [B] is the
-        episode's length so far in control steps.
+        Episodes that end are reset, so the observation then is the next episode's first; info["final_obs"] has the last
+        observations of the truncated ones, in row order, to bootstrap their value from, or None; info["length"] [B] is
+        the episode's length so far in control steps.
         """
-        replies = self._exchange("step", np.asarray(actions, np.float32))
+        replies = self._exchange("step", dict(enumerate(np.asarray(actions, np.float32))))
         seen, reward, terminated, truncated, length, final, _ = zip(*replies)
         final = [f for f in final if f is not None]
-        return (self._stack(seen), torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated),
-                dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None))
+        info = dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None)
+        return self._stack(seen), torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated), info
 
-    def evaluate(self, act, seeds, progress: str | None = None, video=False) -> dict:
-        """Play the episodes `seeds` once each with `act(obs) -> actions [B,C,7]`.
+    def play(
+        self, act: Callable[[dict], Tensor], seeds: Sequence[int], progress: str | None = None, video: bool = False
+    ) -> dict:
+        """Play the episodes `seeds` once each with `act(obs) -> actions [B,C,7]`; `progress` names the progress bar.
 
-        -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds; with `video` also
+        -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds, and with `video`
         frames, a list [N] of lists of [H,W,3], one a control step. The same program plays them the same way every
         time. In another order, or in another number of environments, a policy that samples draws other noise, and
         PhysX solves contacts in another order.
         """
         n = len(seeds)
-        played = dict(success=np.zeros(n, bool), length=np.zeros(n, int), reward=np.zeros(n), frames=[[] for _ in seeds])
-        with torch.random.fork_rng(), tqdm(total=n, desc=progress, unit="episode", leave=False,
-                                           disable=progress is None) as bar:
+        success = np.zeros(n, bool)
+        length = np.zeros(n, int)
+        reward = np.zeros(n)
+        frames = [[] for _ in seeds]
+        bar = tqdm(total=n, desc=progress, unit="episode", leave=False, disable=progress is None)
+        with bar, torch.random.fork_rng():  # a policy that samples takes nothing from the caller's random numbers
             torch.manual_seed(seeds[0])
             for first in range(0, n, self.num_envs):
                 running = range(min(self.num_envs, n - first))
-                seen = self._exchange("reset", [seeds[first + i] if i in running else None for i in range(self.num_envs)])
+                seen = self._exchange("reset", dict(zip(running, seeds[first:])))
                 while running:
-                    actions = dict(zip(running, np.asarray(act(self._stack([seen[i] for i in running])), np.float32)))
-                    replies = self._exchange("step", [actions.get(i) for i in range(self.num_envs)], False, video)
+                    actions = np.asarray(act(self._stack([seen[i] for i in running])), np.float32)
+                    replies = self._exchange("step", dict(zip(running, actions)), auto_reset=False, video=video)
                     for i in running:
-                        seen[i], reward, terminated, truncated, length, _, frames = replies[i]
-                        played["reward"][first + i] += reward
-                        played["success"][first + i], played["length"][first + i] = terminated, length
-                        played["frames"][first + i] += frames or []
+                        seen[i], gain, terminated, truncated, steps, _, filmed = replies[i]
+                        success[first + i] = terminated
+                        length[first + i] = steps
+                        reward[first + i] += gain
+                        frames[first + i] += filmed or []
                         bar.update(terminated or truncated)
                     running = [i for i in running if seen[i] is not None]
-        return played
+        return dict(success=success, length=length, reward=reward, frames=frames)
 
-    def close(self):
+    def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes):
             pipe.close()
             process.join(5)
             process.kill()
 
 
-def write_video(path: Path, columns: list):
-    """H.264 video of lists of frames [H,W,3], side by side; the shorter ones hold their last frame. Whole or not."""
-    temporary = path.with_name(f".{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(temporary), "w", format="mp4") as video:
+def write_video(path: Path, columns: list[list[np.ndarray]]) -> None:
+    """H.264 video of lists of frames [H,W,3], side by side; the shorter ones hold their last frame."""
+    height, width, _ = np.concatenate([frames[0] for frames in columns], 1).shape
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as video:
         stream = video.add_stream("libx264", rate=CONTROL_HZ, options={"crf": "20"})
-        stream.height, stream.width, stream.pix_fmt = *np.concatenate([c[0] for c in columns], 1).shape[:2], "yuv420p"
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
         for t in range(max(map(len, columns)) + CONTROL_HZ):  # one second on the end
-            frame = np.concatenate([c[min(t, len(c) - 1)] for c in columns], 1)
+            frame = np.concatenate([frames[min(t, len(frames) - 1)] for frames in columns], 1)
             video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         video.mux(stream.encode())
-    os.replace(temporary, path)
 
 
-def validate(policy, worlds: dict, episodes: int, held_out: dict, video: Path) -> dict:
+def validate(policy, worlds: dict[str, VecEnv], episodes: int, held_out: dict, video: Path) -> dict[str, float]:
     """For curves and the choice of a checkpoint: success and length without exploration on the validation seeds in
-    each of `worlds` (VecEnvs by name), the imitation loss on `held_out` (a batch of real demonstrations), and a video
-    of the first episode in all worlds, side by side, whose name says in the log when this was."""
-    act, seeds = lambda obs: policy.act(obs, sample=False).actions.cpu(), range(SEEDS["validation"], SEEDS["evaluation"])
-    log, columns = {}, []
+    each of `worlds` (by name), the imitation loss on `held_out` (a batch of real demonstrations), and a video of the
+    first episode in all worlds, side by side, whose name says in the log when this was."""
+
+    def act(obs):
+        return policy.act(obs, sample=False).actions.cpu()
+
+    seeds = range(SEEDS["validation"], SEEDS["validation"] + episodes)
+    log = {}
+    columns = []
     for name, world in worlds.items():
-        played = world.evaluate(act, seeds[:episodes], f"  validation, {name}")
-        log |= {f"eval/{key}_{name}": float(played[key].mean()) for key in ("success", "length")}
-        columns.append(world.evaluate(act, seeds[:1], video=True)["frames"][0])
+        played = world.play(act, seeds, f"  validation, {name}")
+        log[f"eval/success_{name}"] = float(played["success"].mean())
+        log[f"eval/length_{name}"] = float(played["length"].mean())
+        columns.append(world.play(act, seeds[:1], video=True)["frames"][0])
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)  # the same flow times and noise every time
         log["eval/real_loss"] = policy.sft_loss(held_out).item()
     write_video(video, columns)
-    tqdm.write(f"{video.stem.replace('_', ' ')}: success " + ", ".join(
-        f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds)
-        + f"; held-out real loss {log['eval/real_loss']:.3f}")
+    success = ", ".join(f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds)
+    tqdm.write(f"{video.stem.replace('_', ' ')}: success {success}; held-out real loss {log['eval/real_loss']:.3f}")
     return log
 
 
-# --------------------------------------------------------------------------------------------------------- command line
-def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None):
-    """Write a contact sheet, a row for each task: starts and later moments in the twin and the stand-in, large and as
-    the policy sees them (64 x 64)."""
+# ---- command line -----------------------------------------------------------------------------------------------
+
+
+def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None) -> None:
+    """Draw the tasks, a row each: starts and later moments in the twin and the stand-in, each large and as the policy
+    sees it. To look at after a change to a task or a domain.
+
+    Args:
+        out: Picture to write.
+        seeds: Episodes of each task and domain; each one is shown 16 control steps later than the one before.
+        variation: Draw what generalisation is tested on: unseen objects, positions, or starting poses of the robot.
+    """
     from PIL import Image
+
     rows = []
     for task in TASKS:
         row = []
@@ -1016,81 +1226,46 @@ def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Litera
             env = make(task, domain, variation=variation)
             for seed in range(seeds):
                 env.reset(seed=[SEEDS["validation"] + seed])
-                expert = env.expert(np.random.default_rng(seed))
+                actions = env.demonstrator(np.random.default_rng(seed))
                 for _ in range(16 * seed):
-                    env.step_chunk(torch.from_numpy(next(expert))[None, None])
+                    env.step_chunk(torch.from_numpy(next(actions))[None, None])
                 small = Image.fromarray(env.observe()["image"][0].cpu().numpy())
-                row += [env.render_rgb_array()[0].cpu().numpy(), np.asarray(small.resize((256, 256), Image.NEAREST))]
+                row.append(env.render_rgb_array()[0].cpu().numpy())
+                row.append(np.asarray(small.resize((256, 256), Image.NEAREST)))
         rows.append(np.concatenate(row, 1))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(temporary := out.with_name(f".{out.name}"))
-    os.replace(temporary, out)
+    with whole_file(out) as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary)
     print(f"{out}: {', '.join(TASKS)} in the twin and the stand-in, each picture beside what the policy sees of it")
 
 
-def expert(episodes: int = 200, workers: int = len(os.sched_getaffinity(0))):
-    """Success and length of the scripted experts in every domain, on seeds of their own."""
-    from data import simulators
-    seeds = range(SEEDS["validation"] + 500_000, SEEDS["validation"] + 500_000 + episodes)
-    with simulators(workers) as pool:
+def demonstrators(episodes: int = 200, workers: int = len(os.sched_getaffinity(0))) -> None:
+    """Measure the scripted demonstrators in every domain: how often they succeed, and in how many control steps. A
+    task's limit must let 95 % of them finish, or imitating them teaches what counts as failure.
+
+    Args:
+        episodes: Episodes of each task and domain, on seeds of their own.
+        workers: Processes, each with one thread; as many as there are cores by default.
+    """
+    first = SEEDS["validation"] + 500_000
+    with mp.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         for task in TASKS:
+            limit = TASKS[task].max_episode_steps
             for domain in DOMAINS.values():
-                play = partial(_expert_episode, task, domain, limit := TASKS[task].max_episode_steps)
-                success, length = zip(*pool.map(play, seeds, chunksize=8))
-                print(f"{task}, {domain.name}: {sum(success)} of {episodes} succeed; control steps: median "
-                      f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {limit}")
+                play = partial(_demonstrator_episode, task, domain, limit)
+                success, length = zip(*pool.map(play, range(first, first + episodes), chunksize=8))
+                print(
+                    f"{task}, {domain.name}: {sum(success)} of {episodes} succeed; control steps: median "
+                    f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {limit}"
+                )
 
 
-def _expert_episode(task, domain, limit, seed):
+def _demonstrator_episode(task, domain, limit, seed):
     episode = demonstrate(task, domain, seed)
     return episode["success"], len(episode["action"]) if episode["success"] else limit
 
 
-def _stock(seconds):
-    import gymnasium
-    import mani_skill.envs  # noqa: F401  (registers PushCube-v1)
-    env = gymnasium.make("PushCube-v1", obs_mode="rgb", control_mode="pd_ee_delta_pose", sim_backend="physx_cpu",
-                         render_backend="cpu", sensor_configs=dict(width=64, height=64))
-    env.reset(seed=0)
-    env.step(env.action_space.sample() * 0)
-    steps, end = 0, time.time() + seconds
-    while time.time() < end:
-        env.step(env.action_space.sample() * 0.1)
-        steps += 1
-    return steps / seconds
-
-
-def bench(tasks: tuple[str, ...] = tuple(TASKS), chunk: int = 8, num_envs: int = 32,
-          workers: int = len(os.sched_getaffinity(0)), seconds: float = 15.0):
-    """Control steps per second: stock ManiSkill (PushCube-v1, a picture every step), this, this with the policy."""
-    from data import simulators
-    from policy import load_policy
-    with simulators(workers) as pool:
-        stock = sum(pool.map(_stock, [seconds] * workers))
-    print(f"stock ManiSkill, PushCube-v1, 64 x 64, {workers} processes: {stock:.0f} control steps/s")
-
-    still = np.zeros((num_envs, chunk, 7), np.float32)
-    stats = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
-             "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]}}
-    policies = {f"with the default policy, chunk {n}": load_policy("tiny-pi05", stats=stats, chunk=n, action_horizon=n)
-                for n in (chunk, load_policy("tiny-pi05", stats=stats).chunk)}
-    acts = {f"alone, chunk {chunk}": lambda obs: still,
-            **{name: lambda obs, p=p: p.act(obs, sample=True).actions for name, p in policies.items()}}
-    for task in tasks:
-        world = VecEnv(task, TWIN, num_envs, workers)
-        for name, act in acts.items():
-            obs, steps, last = world.reset(SEEDS["rl"]), 0, torch.zeros(num_envs, dtype=int)
-            start = time.time()
-            while time.time() < start + seconds:
-                obs, _, terminated, truncated, info = world.step(act(obs))
-                steps += (info["length"] - last).sum().item()  # executed: an episode may end inside a chunk
-                last = torch.where(terminated | truncated, 0, info["length"])
-            rate = steps / (time.time() - start)
-            print(f"{task}, {num_envs} environments in {workers} processes, {name}: {rate:.0f} control steps/s, "
-                  f"{rate / stock:.1f} x stock")
-        world.close()
-
-
 if __name__ == "__main__":
     import tyro
-    tyro.extras.subcommand_cli_from_dict(dict(show=show, bench=bench, expert=expert))
+
+    one_line_errors()
+    tyro.extras.subcommand_cli_from_dict(dict(show=show, demonstrators=demonstrators), description=__doc__)

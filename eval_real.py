@@ -1,678 +1,367 @@
-"""Success rates of checkpoints: in the twin, in the robot's stand-in, on a real arm; and a server for any other robot.
+"""Success rates of checkpoints, in the twin and the stand-in or on a real arm; and a server for any other robot.
 
-    python eval_real.py                                              # stage I beside stage II, the defaults' checkpoints
-    python eval_real.py --policies runs/real_only/best runs/sft/best runs/rlco/best --episodes 200
-    python eval_real.py --target franka --robot-ip 172.16.0.2 --trials 20    # a real arm; --dry-run moves nothing
-    python eval_real.py --target align                               # the camera's picture over the twin's
-    python eval_real.py --target server --policies runs/rlco/best    # for any robot, through openpi's client
+    python eval_real.py                                     # `standin` with its defaults: stage I beside stage II
+    python eval_real.py standin --policies runs/real_only/best runs/sft/best runs/rlco/best --episodes 200
+    python eval_real.py franka --robot-ip 172.16.0.2 --trials 20    # a real arm; --dry-run moves nothing
+    python eval_real.py align                               # the camera's picture over the twin's
+    python eval_real.py serve --policy runs/rlco/best       # for any robot, through openpi's client
 
 The stand-in is a second simulated domain that is never trained on by RL; it is not a real robot. Evaluation seeds are
 disjoint from those of training, of the demonstrations and of the validation during training. The same command gives
 the same numbers.
 """
-import json
+
 import math
 import os
 import platform
-import select
-import signal
 import subprocess
-import termios
 import threading
 import time
-import tty
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image
-from scipy.spatial.transform import Rotation
 
 import envs
-from policy import load_policy, write_file
+from checkpoints import UserError, one_line_errors, read_file, run_settings, write_file
+from policy import Policy, load_policy
+from robot import Camera, Franka, Keyboard, Rig, Stopped, get_ready, play, show_overlay
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
-class Rig:
-    """A Franka arm with its hand, and one camera. Whatever moves the arm keeps these limits."""
-
-    robot_ip: str = ""
-    """address of the arm's control box"""
-    camera: str = "realsense"
-    """"realsense", or what OpenCV opens: a number, a device, a file, a URL"""
-    camera_fov: float = 0.733
-    """vertical field of view of the camera's pictures, rad (RealSense D435: 0.733); they are cropped to the twin's"""
-    image_size: int = 64
-    """pixels of the square picture that the policy sees: those of its demonstrations"""
-    speed: float = 0.3
-    """limit of the TCP's speed, m/s"""
-    acceleration: float = 3.0
-    """limit of its acceleration, m/s²"""
-    rotation_speed: float = 1.0
-    """limit of its angular speed, rad/s; the angular acceleration's is ten times as much per second"""
-    max_step: float = 0.05
-    """longest displacement in one action, m: a longer one stops the arm before its chunk moves anything"""
-    max_turn: float = 0.2
-    """largest rotation in one action, rad: the same"""
-    max_tilt: float = 0.5
-    """largest angle between the gripper and pointing down, rad"""
-    workspace: tuple[tuple[float, float, float], tuple[float, float, float]] = envs.WORKSPACE
-    """box that commanded TCP positions are kept in, m, the base frame; its bottom keeps the fingers off the table"""
-    max_image_age: float = 0.5
-    """seconds without a new picture, or with one that does not change, after which the arm is stopped"""
-    max_silence: float = 0.5
-    """seconds without news from the arm or the hand after which the connection counts as lost"""
-
-
-@dataclass
-class Args:
-    """Evaluate checkpoints: success rate with a 95 % Wilson interval, mean episode length, videos."""
-
-    policies: tuple[str, ...] = ("runs/sft/best", "runs/rlco/best")
-    """checkpoints to compare: folders, or names on the Hub"""
+class CommonArgs:
     task: str = "push_cube"
-    """a task of envs.py"""
-    target: str = "standin"
-    """where, beside the twin: a domain of envs.py (the stand-in plays the real robot); or "franka": a real arm; or
-    "align": no evaluation, the camera's picture over the twin's; or "server": no evaluation, one checkpoint is served
-    over openpi's websocket protocol"""
+    """A task of envs.py: its scene, its instruction and its limit of control steps."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
+
+
+@dataclass
+class EvaluationArgs(CommonArgs):
+    policies: tuple[str, ...] = ("runs/sft/best", "runs/rlco/best")
+    """Checkpoints to compare: folders, or names on the Hub."""
     variation: Literal[envs.VARIATIONS] | None = None
-    """what is changed to something unseen in training: other objects, positions, or starting poses of the robot"""
-    episodes: int = 100
-    """episodes for each checkpoint and domain, the same for all of them"""
-    num_envs: int = 32
-    """environments in parallel, spread over the cores"""
-    videos: int = 2
-    """episodes of each kind, successes and failures, of each checkpoint, played once more and recorded (with other
-    noise, so that some end otherwise; their names say how); 0 records nothing"""
+    """What is changed to something unseen in training: the object, the positions, or the robot's starting poses."""
     out: Path = Path("runs/eval")
-    """folder of results.json and the videos"""
-    trials: int = 10
-    """franka: trials of each checkpoint"""
-    dry_run: bool = False
-    """franka: show what each checkpoint would command first, and move nothing"""
-    rig: tyro.conf.OmitArgPrefixes[Rig] = field(default_factory=Rig)
-    """franka, align"""
-    host: str = "127.0.0.1"
-    """address that the server listens on; only this machine can reach the default"""
-    port: int = 8000
-    """port that the server listens on"""
+    """Folder of the results and the videos. Trials on an arm go on in the folder that they began in."""
 
 
+# -------------------------------------------------------------------------------------------------------- success rates
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % confidence interval of a success rate (Wilson 1927), also right near 0 and 1."""
     p = successes / n
-    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, center - half) / (1 + z * z / n), min(1.0, (center + half) / (1 + z * z / n))  # rounding
+    center = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, center - half) / scale, min(1.0, (center + half) / scale)  # rounding may leave 0..1
+
+
+def summary(policy: str, domain: str, task: str, success: list[bool], length: list[int]) -> dict:
+    """A cell of the table: how a checkpoint did in its episodes or trials, `length` in control steps."""
+    n = len(success)
+    successes = int(sum(success))
+    rate = dict(successes=successes, success_rate=successes / n, wilson=wilson(successes, n))
+    return dict(policy=policy, domain=domain, task=task, episodes=n, **rate, mean_length=float(np.mean(length)))
 
 
 def table(results: list[dict]) -> str:
     """Markdown: a row for each checkpoint, a column for each domain."""
     domains = list(dict.fromkeys(r["domain"] for r in results))
-    simulated = set(envs.DOMAINS) - {"twin"}
-    head = [d + " (not a real robot)" * (d in simulated) + ": success [95 %], steps" for d in domains]
+    head = []
+    for domain in domains:
+        simulated = domain in envs.DOMAINS and domain != "twin"
+        head.append(f"{domain}{' (not a real robot)' if simulated else ''}: success [95 %], steps")
     lines = ["| checkpoint | " + " | ".join(head) + " |", "| --- |" + " --- |" * len(domains)]
     for policy in dict.fromkeys(r["policy"] for r in results):
-        cells = [f"{100 * r['success_rate']:.0f} % [{100 * r['wilson'][0]:.0f}, {100 * r['wilson'][1]:.0f}] of "
-                 f"{r['episodes']}, {r['mean_length']:.0f}" for d in domains for r in results
-                 if r["policy"] == policy and r["domain"] == d]
+        cells = []
+        for domain in domains:
+            for r in results:
+                if (r["policy"], r["domain"]) == (policy, domain):
+                    low, high = r["wilson"]
+                    percent = f"{100 * r['success_rate']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+                    cells.append(f"{percent} of {r['episodes']}, {r['mean_length']:.0f}")
         lines.append(f"| {policy} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main(args: Args):
-    envs.check_task(args.task)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    targets = (*envs.DOMAINS, "franka", "align", "server")
-    if args.target not in targets or min(args.episodes, args.num_envs, args.trials) < 1:
-        raise ValueError(f"--target is one of {', '.join(targets)}; --episodes, --num-envs and --trials are at least 1")
-    if args.target == "align":
-        return align(args)
-    if missing := [p for p in args.policies if p in Args.policies and not Path(p).exists()]:
-        raise FileNotFoundError(f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, "
-                                f"then `python train_rlco.py` runs/rlco/best")
-    if args.target == "server" and len(args.policies) != 1:
-        raise ValueError("a server has one checkpoint: name it with --policies")
-    policies = {name: load_policy(name, device=device) for name in args.policies}
-    if args.target == "server":
-        return serve(policies[args.policies[0]], args)
-    if args.target == "franka":
-        return evaluate_franka(policies, args)
-    names = list(dict.fromkeys(["twin", args.target]))
-    repeat = dict(weights={name: policy.sha256() for name, policy in policies.items()}, **provenance(args))
+def provenance(args) -> dict:
+    """What else it takes to repeat an evaluation."""
+
+    def git(*command):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        if git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1:
+            commit += "-dirty"
+    except OSError:  # no git
+        commit = ""
+    machine = dict(device=DEVICE, cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads())
+    packages = {name: version(name) for name in ("torch", "transformers", "mani_skill", "sapien", "numpy")}
+    return dict(args=run_settings(args), commit=commit, python=platform.python_version(), **machine, **packages)
+
+
+def load_policies(names: tuple[str, ...]) -> dict[str, Policy]:
+    missing = [name for name in names if name in EvaluationArgs.policies and not Path(name).exists()]
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, then "
+            f"`python train_rlco.py` runs/rlco/best"
+        )
+    return {name: load_policy(name, device=DEVICE) for name in names}
+
+
+def video_path(out: Path, policy: str, domain: str, seed: int, success: bool) -> Path:
+    name = policy.strip("./").replace("/", "-")
+    return out / f"videos/{name}_{domain}_{seed}_{'success' if success else 'failure'}.mp4"
+
+
+# ------------------------------------------------------------------------------------------- in the twin and a stand-in
+@dataclass
+class StandinArgs(EvaluationArgs):
+    """Evaluate checkpoints in the twin and in the stand-in: success rate with a 95 % Wilson interval, mean episode
+    length, videos."""
+
+    target: str = "standin"
+    """The domain of envs.py that is evaluated in beside the twin: the one that plays the real robot."""
+    episodes: int = 100
+    """Episodes for each checkpoint and domain, the same for all of them. 100 leave an interval of some 20 points."""
+    num_envs: int = 32
+    """Environments in parallel, spread over the cores. Another number may change single episodes of the same seeds."""
+    videos: int = 2
+    """Episodes of each kind, successes and failures, of each checkpoint, played once more and recorded (with other
+    noise, so that some end otherwise; their names say how). 0 records nothing."""
+
+
+def greedy(policy: Policy) -> Callable:
+    """The policy without exploration, as `VecEnv.play` takes it."""
+
+    def act(obs):
+        return policy.act(obs, sample=False).actions.cpu()
+
+    return act
+
+
+def standin(args: StandinArgs) -> None:
+    """Play the same episodes with every checkpoint, in the twin and in the target."""
+    envs.require_task(args.task)
+    if args.target not in envs.DOMAINS:
+        raise UserError(f"no domain '{args.target}': --target is one of {', '.join(envs.DOMAINS)} (envs.DOMAINS)")
+    if min(args.episodes, args.num_envs) < 1:
+        raise UserError("--episodes and --num-envs are at least 1")
+    policies = load_policies(args.policies)
+    weights = {name: policy.sha256() for name, policy in policies.items()}
+    repeat = dict(weights=weights, **provenance(args))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
-    args.out.mkdir(parents=True, exist_ok=True)
+    domains = list(dict.fromkeys(["twin", args.target]))
+    args.out.mkdir(parents=True, exist_ok=True)  # if it cannot be made, that is known before the episodes
 
-    acts = {name: lambda obs, p=p: p.act(obs, sample=False).actions.cpu() for name, p in policies.items()}
-    fresh = lambda name: envs.VecEnv(args.task, envs.DOMAINS[name], args.num_envs, variation=args.variation)
     results = []
-    for name in names:
-        for policy, act in acts.items():
+    for domain in domains:
+        for name, policy in policies.items():
             # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
-            with closing(fresh(name)) as world:
-                played = world.evaluate(act, seeds, f"{policy}, {name}")
-            successes = int(played["success"].sum())
-            results.append(dict(policy=policy, domain=name, task=args.task, episodes=args.episodes,
-                                seeds=[seeds[0], seeds[-1]], successes=successes, success_rate=successes / args.episodes,
-                                wilson=wilson(successes, args.episodes), mean_length=float(played["length"].mean()),
-                                success=played["success"].tolist(), length=played["length"].tolist()))
+            world = envs.VecEnv(args.task, envs.DOMAINS[domain], args.num_envs, variation=args.variation)
+            with closing(world):
+                played = world.play(greedy(policy), seeds, f"{name}, {domain}")
+            success = played["success"].tolist()
+            length = played["length"].tolist()
+            cell = summary(name, domain, args.task, success, length)
+            results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
     write_file(args.out / "results.json", dict(results=results, **repeat))
-
     if args.videos:
-        worlds = {name: fresh(name) for name in names}
-        for r in results:
-            chosen = [seed for kind in (True, False)
-                      for seed in [s for s, success in zip(seeds, r["success"]) if success == kind][:args.videos]]
-            played = worlds[r["domain"]].evaluate(acts[r["policy"]], chosen, "videos", video=True)
-            for seed, success, frames in zip(chosen, played["success"], played["frames"]):
-                envs.write_video(args.out / f"videos/{r['policy'].strip('./').replace('/', '-')}_{r['domain']}_{seed}_"
-                                            f"{'success' if success else 'failure'}.mp4", [frames])
-        # the last checkpoint in all domains side by side, an episode after the other
-        played = [world.evaluate(acts[args.policies[-1]], seeds[:4], video=True)["frames"] for world in worlds.values()]
-        longest = [max(map(len, episode)) for episode in zip(*played)]
-        envs.write_video(args.out / f"{'_and_'.join(names)}.mp4", [
-            [frame for frames, n in zip(column, longest) for frame in frames + frames[-1:] * (n + 5 - len(frames))]
-            for column in played])
-        for world in worlds.values():
-            world.close()
+        record_videos(args, policies, seeds, results)
     what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
-    print(f"\n{table(results)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; results.json"
-          f"{' and videos' if args.videos else ''} in {args.out}")
+    files = "results.json and videos" if args.videos else "results.json"
+    print(f"\n{table(results)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {files} in {args.out}")
 
 
-# ---------------------------------------------------------------------------------------------------------- real robot
-class Stopped(Exception):
-    """Why the arm was stopped; it is at rest. The trial does not count."""
+def record_videos(args: StandinArgs, policies: dict[str, Policy], seeds: range, results: list[dict]) -> None:
+    """Successes and failures of every checkpoint in each domain, and the last one in all domains side by side."""
+    domains = list(dict.fromkeys(r["domain"] for r in results))
+    with ExitStack() as stack:
+        worlds = {}
+        for domain in domains:
+            world = envs.VecEnv(args.task, envs.DOMAINS[domain], args.num_envs, variation=args.variation)
+            worlds[domain] = stack.enter_context(closing(world))
+        for r in results:
+            successes = [seed for seed, success in zip(seeds, r["success"]) if success]
+            failures = [seed for seed, success in zip(seeds, r["success"]) if not success]
+            chosen = successes[: args.videos] + failures[: args.videos]
+            played = worlds[r["domain"]].play(greedy(policies[r["policy"]]), chosen, "videos", video=True)
+            for seed, success, frames in zip(chosen, played["success"], played["frames"]):
+                envs.write_video(video_path(args.out, r["policy"], r["domain"], seed, success), [frames])
+
+        # one episode after the other: each begins in all domains at once, when the longest before has ended
+        act = greedy(policies[args.policies[-1]])
+        columns = [world.play(act, seeds[:4], video=True)["frames"] for world in worlds.values()]
+        joined = [[] for _ in domains]
+        for episode in zip(*columns):
+            longest = max(len(frames) for frames in episode)
+            for column, frames in zip(joined, episode):
+                column.extend(frames + frames[-1:] * (longest + 5 - len(frames)))
+        envs.write_video(args.out / f"{'_and_'.join(domains)}.mp4", joined)
 
 
-class Camera:
-    """The newest picture of a camera, kept by a thread that also knows when the picture last changed."""
+# -------------------------------------------------------------------------------------------------------- on a real arm
+@dataclass
+class FrankaArgs(EvaluationArgs):
+    """Evaluate checkpoints on a real Franka. For every initial state, each checkpoint in turn: you arrange the scene as
+    in OUT/overlay.png, watch, and judge. The same command goes on with the first trial that is missing."""
 
-    def __init__(self, rig: Rig):
-        self.rig, self.name, self.frame, self.closed = rig, rig.camera, None, False
-        self.arrived = self.changed = time.monotonic()
-        self.grab = self._realsense() if rig.camera == "realsense" else self._opencv()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        while self.frame is None and time.monotonic() < self.arrived + 10:
-            time.sleep(0.02)
-        if self.frame is None:
-            raise ValueError(f"camera {self.name} sends no picture")
-
-    def _realsense(self):
-        try:
-            import pyrealsense2 as rs
-        except ImportError:
-            raise SystemExit("a RealSense needs `pip install pyrealsense2`; or choose another --camera") from None
-        pipeline, config = rs.pipeline(), rs.config()
-        config.enable_stream(rs.stream.color, 640, 480, rs.format.rgb8, 30)
-        try:
-            pipeline.start(config)
-        except RuntimeError as error:
-            raise ValueError(f"no RealSense: {error}") from None
-        return lambda: np.array(pipeline.wait_for_frames(1000).get_color_frame().get_data())
-
-    def _opencv(self):
-        import cv2
-        video = cv2.VideoCapture(int(self.name) if self.name.isdigit() else self.name)
-        if not video.isOpened():
-            raise ValueError(f"OpenCV cannot open the camera {self.name}")
-        # a camera waits for its next picture by itself, a file does not
-        pause = 1 / (video.get(cv2.CAP_PROP_FPS) or 30) if video.get(cv2.CAP_PROP_FRAME_COUNT) > 0 else 0
-
-        def grab():
-            time.sleep(pause)
-            there, frame = video.read()
-            return frame[..., ::-1].copy() if there else None
-        return grab
-
-    def _watch(self):
-        while not self.closed:
-            try:
-                frame = self.grab()
-            except RuntimeError:  # a RealSense that is silent, or unplugged
-                frame = None
-            if frame is None:
-                time.sleep(0.01)
-                continue
-            self.arrived = time.monotonic()
-            if self.frame is None or frame.shape != self.frame.shape or (frame != self.frame).any():
-                self.changed = self.arrived  # a sensor's noise changes every picture of a live camera
-            self.frame = frame
-
-    def check(self):
-        now, limit = time.monotonic(), self.rig.max_image_age
-        if now - self.arrived > limit:
-            raise Stopped(f"camera {self.name}: no new picture for {now - self.arrived:.1f} s")
-        if now - self.changed > limit:
-            raise Stopped(f"camera {self.name}: the picture has been frozen for {now - self.changed:.1f} s")
-
-    def read(self, size: int):
-        """The newest picture as the twin's camera would have taken it, uint8 [size,size,3]: its square middle, no wider
-        than the twin's field of view."""
-        h, w = self.frame.shape[:2]
-        side = min(h, w, round(h * math.tan(envs.TWIN.camera_fov / 2) / math.tan(self.rig.camera_fov / 2)))
-        top, left = (h - side) // 2, (w - side) // 2
-        square = Image.fromarray(self.frame[top:top + side, left:left + side])
-        return np.asarray(square.resize((size, size), Image.BOX if side >= size else Image.BILINEAR))
-
-    def close(self):
-        self.closed = True
-        self.thread.join(2)
+    trials: int = 10
+    """Trials of each checkpoint, all checkpoints from the same initial states."""
+    dry_run: bool = False
+    """Show what each checkpoint would command first, and move nothing. Do this before the first motion."""
+    rig: tyro.conf.OmitArgPrefixes[Rig] = field(default_factory=Rig)
+    """The arm, the camera, and limits that every motion keeps."""
 
 
-class Franka:
-    """A Franka FR3 or Panda with its hand that understands the twin's actions and limits. A context manager: however
-    the block ends, the arm is at rest after it.
+class Trials:
+    """The trials of an evaluation on the arm, in OUT/franka.json, which is written after each of them."""
 
-    franka-rs runs the 1 kHz loop in a thread of its own and turns targets into motions within the limits of speed and
-    acceleration. Here are the targets: the twin's chain of commanded poses, at the twin's control rate.
-    """
+    def __init__(self, args: FrankaArgs, policies: dict[str, Policy]):
+        self.args = args
+        self.path = args.out / "franka.json"
+        self.names = list(policies)
+        self.seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.trials)
+        what = dict(task=args.task, variation=args.variation)
+        # weights: hash by checkpoint; trials: those that count; void: those that were stopped or aborted
+        self.saved = dict(what, weights={}, trials=[], void=[])
+        if self.path.exists():
+            self.saved = read_file(self.path)
+        if {key: self.saved.get(key) for key in what} != what:
+            found = f"{self.saved['task']}, variation {self.saved.get('variation')}"
+            raise UserError(f"{self.path} is an evaluation of {found}: choose another --out")
+        weights = {name: policy.sha256() for name, policy in policies.items()}
+        changed = [name for name in weights if self.saved["weights"].get(name, weights[name]) != weights[name]]
+        if changed:
+            names = ", ".join(changed)
+            raise UserError(f"{names}: not the checkpoint of the trials in {self.path}: choose another --out")
+        self.saved["weights"] |= weights
 
-    def __init__(self, rig: Rig, camera: Camera, dry_run=False):
-        try:
-            import franka
-        except ImportError:
-            raise SystemExit("a Franka needs `pip install -r requirements-robot.txt`") from None
-        if not rig.robot_ip:
-            raise ValueError("--robot-ip is missing: the address of the arm's control box")
-        self.rig, self.camera, self.dry_run, self.franka, self.arm = rig, camera, dry_run, franka, None
-        self.box, self.closed = torch.tensor(rig.workspace), False
-        self.fingers, self.pool, self.moving_fingers, self.kept_inside = None, ThreadPoolExecutor(1), None, 0
-        try:
-            self.robot = franka.Robot(rig.robot_ip)
-            self.hand = self.robot.gripper()
-            self.width = self.hand.read_once().width
-        except franka.FrankaError as error:
-            raise ConnectionError(f"no connection to a Franka and its hand at {rig.robot_ip}: {error}") from None
-        self.hand_heard = time.monotonic()
-        self.listener = threading.Thread(target=self._listen_to_hand, daemon=True)
-        self.listener.start()
+    def missing(self) -> list[tuple[int, str]]:
+        """(seed, checkpoint) of the trials that are still to be made, in their order."""
+        done = {(trial["seed"], trial["policy"]) for trial in self.saved["trials"]}
+        return [(seed, name) for seed in self.seeds for name in self.names if (seed, name) not in done]
 
-    def __enter__(self):
-        # the arm comes to rest however the program is ended; a shell's background job begins with Ctrl-C ignored
-        for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sig, signal.default_int_handler)
-        return self
+    def add(self, kind: str, **trial) -> None:
+        self.saved[kind].append(trial)
+        write_file(self.path, dict(self.saved, results=self.results(), **provenance(self.args)))
 
-    def __exit__(self, *_):
-        self.stop()
-        self.closed = True
-        self.pool.shutdown(), self.listener.join(2)
-        self.robot = self.hand = None  # hangs up: the arm talks to one program at a time
-
-    def _listen_to_hand(self):
-        try:
-            while not self.closed:
-                self.width, self.hand_heard = self.hand.read_once().width, time.monotonic()
-        except self.franka.FrankaError:
-            pass  # `watch` notices the silence
-
-    # what the arm knows -----------------------------------------------------------------------------------------------
-    def read(self):
-        """franka-rs's RobotState."""
-        try:
-            return self.arm.state() if self.arm else self.robot.read_once()
-        except self.franka.FrankaError as error:
-            raise ConnectionError(f"the connection to the arm is lost: {error}") from None
-
-    def tcp(self):
-        """Measured TCP pose [1,4,4], by the twin's kinematics and not by the end effector that Desk is told of."""
-        return envs.panda_kinematics(torch.tensor(self.read().q, dtype=torch.float32)[None])[0]
-
-    def state(self):
-        """The policy's state [1,7]."""
-        return envs.proprioceptive_state(self.tcp(), torch.tensor([[self.width / 2 / envs.GRIPPER_OPEN * 2 - 1]]))
-
-    def watch(self, inside=True):
-        """Raise Stopped or ConnectionError, with the arm at rest, if it must not move on."""
-        now = time.monotonic()
-        try:
-            self.camera.check()
-            if self.arm:
-                if not self.arm.running:
-                    self._why_ended()
-                if (at := self.read().time) != self.heard[0]:
-                    self.heard = at, now
-                if now - self.heard[1] > self.rig.max_silence:
-                    raise ConnectionError(f"the arm has been silent for {now - self.heard[1]:.1f} s")
-            if now - self.hand_heard > self.rig.max_silence:
-                raise ConnectionError(f"the hand has been silent for {now - self.hand_heard:.1f} s")
-            tcp = self.tcp()[0, :3, 3]
-            if inside and self.arm and ((tcp < self.box[0] - 0.03) | (tcp > self.box[1] + 0.03)).any():
-                raise Stopped(f"the TCP is outside the workspace, at {[round(x, 3) for x in tcp.tolist()]}")
-        except BaseException:
-            self.stop()
-            raise
-
-    def _why_ended(self):
-        """Raise the reason for which the arm has ended its motion by itself."""
-        arm, self.arm = self.arm, None
-        try:
-            arm.stop()
-        except self.franka.ControlException as error:
-            raise Stopped(f"the arm has stopped itself: {error}") from None
-        except self.franka.FrankaError as error:
-            raise ConnectionError(f"the connection to the arm is lost: {error}") from None
-        raise Stopped("the arm has ended its motion")
-
-    # motion -----------------------------------------------------------------------------------------------------------
-    def recover(self):
-        """Clear a reflex: the operator's decision."""
-        try:
-            self.robot.automatic_error_recovery()
-        except self.franka.FrankaError as error:
-            raise Stopped(f"the arm does not recover: {error}") from None
-
-    def start(self):
-        """Hold the present pose; actions are added to it."""
-        self.stop()
-        tcp = self.tcp()[0].double()
-        self.position, self.rotation = tcp[None, :3, 3].float(), tcp[None, :3, :3].float()
-        if self.dry_run:
-            return
-        rig, self.steered = self.rig, None
-        try:
-            # beyond these N and Nm the arm stops with a reflex; lower ones the impedance law itself would reach
-            self.robot.set_collision_behavior_simple([40.0] * 7, [40.0] * 7, [40.0] * 6, [40.0] * 6)
-            self.arm = self.robot.cartesian_targets(
-                max_velocity=rig.speed, max_acceleration=rig.acceleration, max_jerk=100 * rig.acceleration,
-                max_angular_velocity=rig.rotation_speed, max_angular_acceleration=10 * rig.rotation_speed,
-                max_angular_jerk=1000 * rig.rotation_speed, max_deviation=1.5, max_angular_deviation=3.0)
-            self.heard = self.arm.state().time, time.monotonic()
-            # from the TCP to the frame that franka-rs steers, which depends on the end effector that Desk is told of
-            self.steered = torch.linalg.inv(tcp) @ torch.tensor(self.arm.target_pose())
-        except self.franka.FrankaError as error:
-            self.stop()
-            raise Stopped(f"the arm does not start: {error}") from None
-
-    def stop(self):
-        """Bring the arm to rest where it is; the fingers hold what they hold. Ends the control, `start` begins anew."""
-        if self.arm is None:
-            return
-        with suppress(self.franka.FrankaError, ConnectionError):  # by itself it stops when commands stay away
-            if self.steered is not None:
-                self.arm.move_to(self._steer(self.tcp()[0]))
-        with suppress(self.franka.FrankaError):
-            self.arm.stop()
-        self.arm = None  # not before: a Ctrl-C in here is followed by another stop
-
-    def _steer(self, tcp):
-        """franka-rs's target (position, quaternion) for a TCP pose [4,4]."""
-        pose = (tcp.double() @ self.steered).numpy()
-        return [*pose[:3, 3], *Rotation.from_matrix(pose[:3, :3]).as_quat()]
-
-    def _send(self):
-        target = torch.eye(4)
-        target[:3, 3], target[:3, :3] = self.position[0], self.rotation[0]
-        try:
-            self.arm.move_to(self._steer(target))
-        except self.franka.FrankaError:
-            self._why_ended()
-
-    def check(self, actions):
-        """Raise Stopped, with the arm at rest, if one of the actions [C,7] is not to be executed."""
-        actions, rig = torch.as_tensor(actions), self.rig
-        steps, turns = actions[:, :3].norm(dim=-1), actions[:, 3:6].norm(dim=-1)
-        why = (f"not finite: {actions.tolist()}" if not actions.isfinite().all() else
-               f"a step of {steps.max():.3f} m, --max-step is {rig.max_step}" if steps.max() > rig.max_step else
-               f"a turn of {turns.max():.2f} rad, --max-turn is {rig.max_turn}" if turns.max() > rig.max_turn else None)
-        if why:
-            self.stop()
-            raise Stopped(f"refused an action: {why}")
-
-    def step(self, action):
-        """Execute one checked action [7], for one control period."""
-        due = time.monotonic() + 1 / envs.CONTROL_HZ
-        asked = self.position + action[None, :3]
-        self.position, self.rotation = envs.move_target(self.position, self.rotation, action[None], self.box)
-        self.kept_inside += bool((asked - self.position).abs().max() > 1e-6)
-        if (tilt := math.acos(min(1.0, max(-1.0, -float(self.rotation[0, 2, 2]))))) > self.rig.max_tilt:
-            self.stop()
-            raise Stopped(f"the gripper would be tilted by {tilt:.2f} rad, --max-tilt is {self.rig.max_tilt}")
-        if self.dry_run:
-            target = torch.eye(4)[None]
-            target[:, :3, 3], target[:, :3, :3] = self.position, self.rotation
-            print("  target", *[f"{x:7.3f}" for x in envs.proprioceptive_state(target, action[None, 6:])[0].tolist()])
-        else:
-            self.watch()
-            self._send()
-            self.move_fingers(float(action[6]))
-        self.rest(due)
-
-    def rest(self, due: float, inside=True):
-        """Wait until a time, watching."""
-        while (left := due - time.monotonic()) > 0:
-            time.sleep(min(left, 0.02))
-            self.watch(inside)
-
-    def move_fingers(self, gripper: float):
-        """Send the fingers to where the twin's would go. The hand takes a command at a time, so a new one waits."""
-        if self.moving_fingers and self.moving_fingers.done() and (error := self.moving_fingers.exception()):
-            self.fingers = self.moving_fingers = None
-            self.stop()
-            raise Stopped(f"the hand: {error}")
-        width = min(max(2 * envs.finger_target(gripper), 0), 2 * envs.GRIPPER_OPEN)
-        width = 0 if width < 0.01 else width
-        if (self.fingers is not None and abs(width - self.fingers) < 0.01) or (
-                self.moving_fingers and not self.moving_fingers.done()):
-            return
-        self.fingers = width
-        self.moving_fingers = (self.pool.submit(self.hand.move, width, 0.1) if width else  # m, m/s; grasp at any width,
-                               self.pool.submit(self.hand.grasp, 0.0, 0.1, 20.0, 0.1, 0.1))  # with 20 N
-
-    def go_to(self, position, gripper: float):
-        """Take the TCP to a position [3], pointing down: up, across, down; the control ends there."""
-        while self.moving_fingers and not self.moving_fingers.done():  # a busy hand would not hear of the new opening
-            self.rest(time.monotonic() + 0.02, inside=False)
-        self.start()
-        goal, here = torch.as_tensor(position).float()[None], self.position
-        height = max(float(here[0, 2]), float(goal[0, 2]), 0.2)
-        up, across = here.clone(), goal.clone()
-        up[0, 2] = across[0, 2] = height
-        self.move_fingers(gripper)
-        for start, end in ((here, up), (up, across), (across, goal)):
-            self.position, self.rotation = end, envs.POINTING_DOWN[None]
-            self._send()
-            latest = time.monotonic() + 5 + 2 * float((end - start).norm()) / self.rig.speed
-            while (self.tcp()[0, :3, 3] - end[0]).norm() > 0.02:
-                if time.monotonic() > latest:
-                    self.stop()
-                    raise Stopped("the arm does not get to the start: something is in its way")
-                self.rest(time.monotonic() + 0.02, inside=False)
-        while not self.moving_fingers.done():
-            self.rest(time.monotonic() + 0.02, inside=False)
-        self.rest(time.monotonic() + 0.5, inside=False)
-        self.stop()
+    def results(self) -> list[dict]:
+        """A cell of the table for each checkpoint that has trials."""
+        cells = []
+        for name in self.names:
+            trials = [trial for trial in self.saved["trials"] if trial["policy"] == name]
+            success = [trial["success"] for trial in trials]
+            if trials:
+                cells.append(summary(name, "franka", self.args.task, success, [trial["steps"] for trial in trials]))
+        return cells
 
 
-class Keyboard:
-    """Single keys from the terminal; a context manager. Ctrl-C stays what it is."""
-
-    def __enter__(self):
-        self.saved = termios.tcgetattr(0) if os.isatty(0) else None
-        if self.saved:
-            tty.setcbreak(0)
-        return self
-
-    def __exit__(self, *_):
-        if self.saved:
-            termios.tcsetattr(0, termios.TCSADRAIN, self.saved)
-
-    def pressed(self) -> str:
-        """The keys pressed since the last call."""
-        keys = ""
-        while select.select([0], [], [], 0)[0]:
-            if not (key := os.read(0, 64).decode(errors="ignore")):
-                raise SystemExit("no keyboard: the standard input is closed")
-            keys += key
-        return keys
-
-    def ask(self, question: str, keys: str, meanwhile=lambda: time.sleep(0.02)) -> str:
-        """Wait for one of `keys`, with `meanwhile` called again and again. What was typed before does not count."""
-        self.pressed()
-        print(question, flush=True)
-        while True:
-            if key := [k for k in self.pressed().replace("\r", "\n") if k in keys]:
-                return key[0]
-            meanwhile()
-
-
-def show_overlay(camera: Camera, wanted, path: Path):
-    """Live picture, blend, and the twin's render `wanted` [H,W,3] side by side, to a file that a viewer may keep open.
-    Where the blend shows nothing double, the camera is aligned and the scene is as wanted."""
-    live = camera.read(len(wanted))
-    picture = np.concatenate([live, (live // 2 + wanted // 2), wanted], 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    Image.fromarray(picture).save(temporary)
-    os.replace(temporary, path)
-    time.sleep(0.2)
-
-
-def get_ready(robot: Franka, keyboard: Keyboard, env, seed: int, trial: str, overlay: Path):
-    """Take the arm to where the episode `seed` starts and let the operator arrange its scene. Nothing moves without a
-    key, and a reflex is cleared only if the operator says so."""
-    env.reset(seed=[seed])
-    wanted = env.render_rgb_array()[0].cpu().numpy()
-    while (mode := robot.read().robot_mode) != "idle":
-        if mode != "reflex":
-            keyboard.ask(f"the arm cannot be moved, its mode is {mode}: release its stop button, unlock its joints; "
-                         f"then Enter", "\n")
-        elif keyboard.ask("the arm is in a reflex. Is it free to move? y: recover, n: quit", "yn") == "n":
-            raise SystemExit("the arm is left in its reflex")
-        else:
-            robot.recover()
-    keyboard.ask(f"{trial}. Enter: the arm moves to its start; keep clear", "\n")
-    robot.go_to(env.tcp.p[0].cpu(), env.start_gripper)
-    keyboard.ask(f"arrange the scene as in {overlay}. Enter: it starts", "\n",
-                 lambda: show_overlay(robot.camera, wanted, overlay))
-
-
-def play(policy, robot: Franka, keyboard: Keyboard, instruction: str, max_steps: int) -> dict:
-    """One trial: picture, chunk, motion, until a key ends it or the steps are over.
-
-    The arm waits at the end of a chunk for the next one, as the twin does: a policy that is computed while the arm
-    moves sees a picture from before the motion, which it was never trained on. What that costs is reported: a decision
-    is late if it takes longer than a control period.
-    """
-    steps, thought, frames, key = 0, [], [], ""
-    robot.kept_inside = 0
-    robot.start()
-    while steps < max_steps and not key:
-        robot.watch()
-        asked = time.monotonic()
-        obs = dict(image=torch.tensor(robot.camera.read(robot.rig.image_size))[None], state=robot.state(),
-                   prompt=[instruction])
-        actions = policy.act(obs, sample=False).actions[0].float().cpu()
-        thought.append(time.monotonic() - asked)
-        robot.check(actions)
-        for action in actions[:max_steps - steps]:
-            frames.append(robot.camera.read(256))
-            if key := next((k for k in keyboard.pressed() if k in "yna"), ""):
-                break
-            robot.step(action)
-            steps += 1
-    robot.stop()
-    return dict(key=key, steps=steps, frames=frames, decisions=len(thought), kept_inside=robot.kept_inside,
-                late=sum(t > 1 / envs.CONTROL_HZ for t in thought), decision_ms=1000 * float(np.mean(thought)),
-                slowest_ms=1000 * max(thought))
-
-
-def evaluate_franka(policies: dict, args: Args):
+def franka(args: FrankaArgs) -> None:
     """N trials of every checkpoint, from the same initial states, one state after the other; the operator arranges
     them and judges. Saved after every trial; started again, it goes on with the first trial that is missing."""
-    path, rig, what = args.out / "franka.json", args.rig, dict(task=args.task, variation=args.variation)
-    saved = json.loads(path.read_text()) if path.exists() else dict(what, weights={}, trials=[], void=[])
-    seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.trials)
-    if {key: saved.get(key) for key in what} != what:
-        raise ValueError(f"{path} is an evaluation of {saved['task']}, variation {saved.get('variation')}: choose another "
-                         f"folder with --out")
-    weights = {name: policy.sha256() for name, policy in policies.items()}
-    if changed := [name for name in policies if saved["weights"].get(name, weights[name]) != weights[name]]:
-        raise ValueError(f"{', '.join(changed)}: not the checkpoint of the trials in {path}: choose another --out")
-    saved["weights"] |= weights
-    todo = [(seed, name) for seed in seeds for name in policies
-            if not any((t["seed"], t["policy"]) == (seed, name) for t in saved["trials"])]
+    envs.require_task(args.task)
+    if args.trials < 1:
+        raise UserError("--trials is at least 1")
+    policies = load_policies(args.policies)
     if args.dry_run:
-        todo = [(seeds[0], name) for name in policies]
-    elif todo and saved["trials"]:
-        print(f"{path}: {len(saved['trials'])} trials are done, {len(todo)} to go")
-
-    def results():
-        rows = []
-        for name in policies:
-            trials = [t for t in saved["trials"] if t["policy"] == name]
-            if trials:
-                wins = sum(t["success"] for t in trials)
-                rows.append(dict(policy=name, domain="franka", task=args.task, episodes=len(trials), successes=wins,
-                                 success_rate=wins / len(trials), wilson=wilson(wins, len(trials)),
-                                 mean_length=float(np.mean([t["steps"] for t in trials]))))
-        return rows
-
-    def save():
-        write_file(path, dict(saved, results=results(), **provenance(args)))
-
-    def attempt(seed, name, number):
-        """One trial; Stopped if it does not count."""
-        get_ready(robot, keyboard, env, seed, number, args.out / "overlay.png")
-        print("y: success, n: failure, a: abort", flush=True)
-        played = play(policies[name], robot, keyboard, env.instruction, env.max_episode_steps)
-        key, frames = played.pop("key"), played.pop("frames")
-        if (key := key or keyboard.ask("success? y, n; a: abort, it does not count", "yna")) == "a":
-            raise Stopped("aborted by the operator")
-        saved["trials"].append(trial := dict(policy=name, seed=seed, success=key == "y", **played))
-        save()
-        envs.write_video(args.out / f"videos/{name.strip('./').replace('/', '-')}_franka_{seed}_"
-                                    f"{'success' if key == 'y' else 'failure'}.mp4", [frames])
-        return trial
-
+        return dry_run(args, policies)
+    trials = Trials(args, policies)
+    todo = len(trials.missing())
     if todo:
+        if trials.saved["trials"]:
+            print(f"{trials.path}: {len(trials.saved['trials'])} trials are done, {todo} to go")
         env = envs.make(args.task, envs.TWIN, video_size=512, variation=args.variation)
-        with closing(Camera(rig)) as camera, Keyboard() as keyboard, Franka(rig, camera, args.dry_run) as robot:
-            while todo:
-                seed, name = todo[0]
-                number = f"trial {seed - seeds[0] + 1} of {args.trials}, {name}"
+        with closing(Camera(args.rig)) as camera, Keyboard() as keyboard, Franka(args.rig, camera) as robot:
+            while trials.missing():
+                seed, name = trials.missing()[0]
+                title = f"trial {seed - trials.seeds[0] + 1} of {args.trials}, {name}"
                 try:
-                    if args.dry_run:
-                        todo.pop(0)
-                        print(f"{number}, a dry run: targets x y z, roll pitch yaw, gripper; nothing moves")
-                        play(policies[name], robot, keyboard, env.instruction, policies[name].chunk)
-                        continue
-                    t = attempt(seed, name, number)
-                    todo.pop(0)
-                    said = (f"{'success' if t['success'] else 'failure'} after {t['steps']} steps; decisions took "
-                            f"{t['decision_ms']:.0f} ms on average, {t['slowest_ms']:.0f} at most, {t['late']} of "
-                            f"{t['decisions']} late; {t['kept_inside']} targets were kept inside the workspace")
+                    get_ready(robot, keyboard, env, seed, title, args.out / "overlay.png")
+                    print("y: success, n: failure, a: abort", flush=True)
+                    played = play(policies[name], robot, keyboard, env.instruction, env.max_episode_steps)
+                    frames = played.pop("frames")
+                    key = played.pop("key") or keyboard.ask("success? y, n; a: abort, it does not count", "yna")
+                    if key == "a":
+                        raise Stopped("aborted by the operator")
                 except Stopped as why:
-                    saved["void"].append(dict(policy=name, seed=seed, why=str(why)))
-                    if not args.dry_run:
-                        save()
-                    said = f"it does not count. {why}"
-                print(f"{number}: {said}", flush=True)
-    if not args.dry_run:
-        late, decisions = (sum(t[key] for t in saved["trials"]) for key in ("late", "decisions"))
-        print(f"\n{table(results())}\n\n{args.task}; {len(saved['void'])} attempts were stopped or aborted and do not "
-              f"count; {late} of {decisions} decisions were late; {path}, videos beside it")
+                    trials.add("void", policy=name, seed=seed, why=str(why))
+                    print(f"{title}: it does not count. {why}", flush=True)
+                    continue
+                success = key == "y"
+                trials.add("trials", policy=name, seed=seed, success=success, **played)
+                envs.write_video(video_path(args.out, name, "franka", seed, success), [frames])
+                label = "success" if success else "failure"
+                took = f"{played['decision_ms']:.0f} ms on average, {played['slowest_ms']:.0f} at most"
+                took += f", {played['late']} of {played['decisions']} late"
+                kept = f"{played['kept_inside']} targets were kept inside the workspace"
+                print(f"{title}: {label} after {played['steps']} steps; decisions took {took}; {kept}", flush=True)
+    late = sum(trial["late"] for trial in trials.saved["trials"])
+    decisions = sum(trial["decisions"] for trial in trials.saved["trials"])
+    attempts = f"{len(trials.saved['void'])} attempts were stopped or aborted and do not count"
+    speed = f"{late} of {decisions} decisions were late"
+    print(f"\n{table(trials.results())}\n\n{args.task}; {attempts}; {speed}; {trials.path}, videos beside it")
 
 
-def align(args: Args):
+def dry_run(args: FrankaArgs, policies: dict[str, Policy]) -> None:
+    """Print the targets of every checkpoint's first chunk, from where the arm is."""
+    instruction = envs.TASKS[args.task].instruction
+    with closing(Camera(args.rig)) as camera, Keyboard() as keyboard, Franka(args.rig, camera, dry_run=True) as robot:
+        for name, policy in policies.items():
+            print(f"{name}, a dry run: targets x y z (m), roll pitch yaw (rad), gripper; nothing moves")
+            try:
+                play(policy, robot, keyboard, instruction, policy.chunk)
+            except Stopped as why:
+                print(f"{name}: {why}", flush=True)
+
+
+@dataclass
+class AlignArgs(CommonArgs):
     """Show the camera's picture over the twin's until Enter, to mount the camera or to correct `envs.TWIN`."""
-    env, overlay = envs.make(args.task, envs.TWIN, video_size=512), args.out / "overlay.png"
+
+    out: Path = Path("runs/eval")
+    """Folder of overlay.png: the camera's picture, both, and the twin's."""
+    rig: tyro.conf.OmitArgPrefixes[Rig] = field(default_factory=Rig)
+    """The camera; no arm takes part."""
+
+
+def align(args: AlignArgs) -> None:
+    """Keep OUT/overlay.png up to date until Enter."""
+    env = envs.make(args.task, envs.TWIN, video_size=512)
     env.reset(seed=[envs.SEEDS["evaluation"]])
     wanted = env.render_rgb_array()[0].cpu().numpy()
+    overlay = args.out / "overlay.png"
     with closing(Camera(args.rig)) as camera, Keyboard() as keyboard:
-        keyboard.ask(f"{overlay}: camera, both, twin; kept up to date until Enter", "\n",
-                     lambda: show_overlay(camera, wanted, overlay))
+
+        def refresh():
+            show_overlay(camera, wanted, overlay)
+
+        keyboard.ask(f"{overlay}: camera, both, twin; kept up to date until Enter", "\n", refresh)
 
 
 # --------------------------------------------------------------------------------------------------------------- server
+@dataclass
+class ServeArgs(CommonArgs):
+    """Serve a checkpoint to any robot, over openpi's websocket protocol."""
+
+    policy: str = "runs/rlco/best"
+    """The one checkpoint that is served: a folder, or a name on the Hub."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Only this machine reaches the default; 0.0.0.0 is every network that it is on."""
+    port: int = 8000
+    """TCP port to listen on; 0 takes a free one, which is printed."""
+
+
 def pack_array(x):
     """msgpack's `default` for numpy arrays, as in openpi's client."""
     if isinstance(x, np.ndarray):
@@ -684,90 +373,115 @@ def unpack_array(x: dict):
     """msgpack's `object_hook`. frombuffer refuses object arrays, which would read foreign memory."""
     if b"__ndarray__" in x:
         return np.frombuffer(x[b"data"], np.dtype(x[b"dtype"])).reshape(x[b"shape"])
-    return np.dtype(x[b"dtype"]).type(x[b"data"]) if b"__npgeneric__" in x else x
+    if b"__npgeneric__" in x:
+        return np.dtype(x[b"dtype"]).type(x[b"data"])
+    return x
 
 
 def read_obs(message: dict, instruction: str) -> dict:
     """A client's observation as a batch of one; ValueError says what is wrong with it."""
     if not isinstance(message, dict):
         raise ValueError("an observation is a dict of image, state, prompt")
-    image, state = (np.asarray(message.get(key, message.get(f"observation/{key}"))) for key in ("image", "state"))
+    image = np.asarray(message.get("image", message.get("observation/image")))
+    state = np.asarray(message.get("state", message.get("observation/state")))
+    prompt = message.get("prompt", instruction)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image must be uint8 [H,W,3], not {image.dtype} {list(image.shape)}")
     if state.dtype.kind not in "fiu" or state.shape != (7,) or not np.isfinite(state).all():
         raise ValueError(f"state must be 7 finite numbers, not {state.dtype} {list(state.shape)}")
-    if not isinstance(prompt := message.get("prompt", instruction), str):
+    if not isinstance(prompt, str):
         raise ValueError("prompt must be a string")
     return dict(image=torch.tensor(image)[None], state=torch.tensor(state, dtype=torch.float32)[None], prompt=[prompt])
 
 
-def serve(policy, args: Args):
-    """Answer openpi's clients: an observation in, {"actions": float32 [C,7], physical units} out, until Ctrl-C.
+class Server:
+    """Answers openpi's clients: an observation in, {"actions": float32 [C,7], physical units} out.
 
-    A connection has its own noise, that of `VecEnv.evaluate`: its actions depend on nothing but its own observations.
-    A message that is no observation is answered with a line of text, an exception in openpi's client.
+    A connection has its own noise, that of `VecEnv.play`: its actions depend on nothing but its own observations. A
+    message that is no observation is answered with a line of text, an exception in openpi's client.
     """
-    try:
-        import msgpack
-        from websockets.exceptions import ConnectionClosed
-        from websockets.sync.server import serve as listen
-    except ImportError as error:
-        raise SystemExit(f"{error}: pip install -r requirements-robot.txt")
-    one_at_a_time, instruction = threading.Lock(), envs.TASKS[args.task].instruction
-    metadata = dict(policy=args.policies[0], prompt=instruction, chunk=policy.chunk, control_hz=envs.CONTROL_HZ)
 
-    def infer(obs, noise):
-        with one_at_a_time, torch.random.fork_rng():
+    def __init__(self, policy: Policy, name: str, instruction: str):
+        self.policy = policy
+        self.instruction = instruction  # for clients that give none
+        self.metadata = dict(policy=name, prompt=instruction, chunk=policy.chunk, control_hz=envs.CONTROL_HZ)
+        self.one_at_a_time = threading.Lock()  # torch's random state is the process's, and so are its threads
+
+    def infer(self, obs: dict, noise: tuple | None) -> tuple[dict, tuple]:
+        """Answer an observation; `noise` is torch's random state after the last answer of this connection, if there was
+        one -> reply, the state after this one."""
+        with self.one_at_a_time, torch.random.fork_rng():
             if noise is None:
                 torch.manual_seed(envs.SEEDS["evaluation"])
             else:
-                torch.set_rng_state(noise[0]), torch.cuda.set_rng_state_all(noise[1])
+                cpu, cuda = noise
+                torch.set_rng_state(cpu)
+                torch.cuda.set_rng_state_all(cuda)
             start = time.perf_counter()
-            actions = policy.act(obs, sample=False).actions[0].float().cpu().numpy()
-            took = 1000 * (time.perf_counter() - start)
-            return actions, took, (torch.get_rng_state(), torch.cuda.get_rng_state_all())
+            actions = self.policy.act(obs, sample=False).actions[0].float().cpu().numpy()
+            milliseconds = 1000 * (time.perf_counter() - start)
+            noise = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        return dict(actions=actions, server_timing=dict(infer_ms=milliseconds)), noise
 
-    def handle(client):
+    def handle(self, client) -> None:
+        """Talk to a client (a connection of websockets) until it goes."""
+        import msgpack
+        from websockets.exceptions import ConnectionClosed
+
         noise = None
         try:
-            client.send(msgpack.packb(metadata))
+            client.send(msgpack.packb(self.metadata))
             for message in client:
                 try:
-                    obs = read_obs(msgpack.unpackb(message, object_hook=unpack_array), instruction)
-                    actions, took, noise = infer(obs, noise)
+                    obs = read_obs(msgpack.unpackb(message, object_hook=unpack_array), self.instruction)
+                    reply, noise = self.infer(obs, noise)
                 except Exception as error:  # whatever a client sends, and whatever it makes the policy do
                     client.send(f"{type(error).__name__}: {error}")
                     continue
-                client.send(msgpack.packb(dict(actions=actions, server_timing=dict(infer_ms=took)), default=pack_array))
+                client.send(msgpack.packb(reply, default=pack_array))
         except ConnectionClosed:
             pass  # in the middle of a message, or of an answer: nothing is lost with it
 
-    def health(client, request):
-        return client.respond(200, "OK\n") if request.path == "/healthz" else None
 
-    with listen(handle, args.host, args.port, compression=None, max_size=1 << 26, process_request=health) as server:
-        print(f"serving {args.policies[0]} on ws://{args.host}:{server.socket.getsockname()[1]}", flush=True)
-        server.serve_forever()
+def answer_health(client, request):
+    """GET /healthz, as openpi's server answers it; anything else is a websocket."""
+    return client.respond(200, "OK\n") if request.path == "/healthz" else None
 
 
-def provenance(args: Args) -> dict:
-    """What else it takes to repeat the evaluation."""
-    git = lambda *command: subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
+def serve(args: ServeArgs) -> None:
+    """Answer clients until Ctrl-C."""
     try:
-        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
-        commit = git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * changed
-    except OSError:  # no git
-        commit = ""
-    args = json.loads(json.dumps(asdict(args), default=str))
-    return dict(args=args, commit=commit, python=platform.python_version(), cores=len(os.sched_getaffinity(0)),
-                device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads(),
-                **{name: version(name) for name in ("torch", "transformers", "mani_skill", "sapien", "numpy")})
+        import msgpack  # noqa: F401  (Server.handle needs it)
+        from websockets.sync.server import serve as listen
+    except ImportError as error:
+        raise UserError(f"{error}: pip install -r requirements-robot.txt") from None
+    envs.require_task(args.task)
+    policy = load_policies((args.policy,))[args.policy]
+    server = Server(policy, args.policy, envs.TASKS[args.task].instruction)
+    options = dict(compression=None, max_size=1 << 26, process_request=answer_health)  # 64 MiB a message
+    try:
+        listener = listen(server.handle, args.host, args.port, **options)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {args.host}:{args.port} ({error}): choose another --host or --port"
+        ) from None
+    with listener:
+        print(f"serving {args.policy} on ws://{args.host}:{listener.socket.getsockname()[1]}", flush=True)
+        listener.serve_forever()
+
+
+COMMANDS = {StandinArgs: standin, FrankaArgs: franka, AlignArgs: align, ServeArgs: serve}
+
+
+def parse(arguments: list[str] | None = None):
+    """The arguments of the subcommand that a command line names, one of COMMANDS; those of `standin` if it is empty."""
+    subcommand = tyro.conf.subcommand
+    kind = Annotated[StandinArgs, subcommand("standin")] | Annotated[FrankaArgs, subcommand("franka")]
+    kind |= Annotated[AlignArgs, subcommand("align")] | Annotated[ServeArgs, subcommand("serve")]
+    return tyro.cli(kind, args=arguments, default=StandinArgs(), description=__doc__)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"eval_real.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    args = parse()
+    one_line_errors(args.debug)
+    COMMANDS[type(args)](args)

@@ -8,10 +8,10 @@
 Without a robot the real demonstrations come from the stand-in; the default data is collected when it is missing.
 Progress is in OUT/tensorboard, checkpoints in OUT/best and OUT/last. The same command again resumes a killed run.
 """
-import json
+
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,9 +22,11 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import checkpoints
 import data
 import envs
-from policy import AdamW, index_obs, load_policy, read_file, write_file
+from checkpoints import UserError
+from policy import AdamW, index_obs, load_policy
 
 
 @dataclass
@@ -32,136 +34,145 @@ class Args:
     """Stage I: supervised fine-tuning on real and simulated demonstrations mixed at ratio alpha."""
 
     policy: str = "tiny-pi05"
-    """a preset (random weights), a checkpoint's folder or its name on the Hub"""
+    """A preset (random weights), a checkpoint's folder or its name on the Hub."""
     task: str = "push_cube"
-    """a task of envs.py; names the default data and the environment that is evaluated in"""
+    """A task of envs.py; it names the default data and the environment that is evaluated in."""
     target: str = "standin"
-    """the domain of envs.py that plays the robot: its demonstrations are the real ones, and it is evaluated in"""
+    """The domain of envs.py that plays the robot: its demonstrations are the real ones, and it is evaluated in."""
     sim: Path | None = None
-    """simulated demonstrations, a LeRobot dataset (default: demos/TASK-twin)"""
+    """Simulated demonstrations, a LeRobot dataset (default: demos/TASK-twin)."""
     real: Path | None = None
-    """real demonstrations, a LeRobot dataset (default: demos/TASK-TARGET)"""
+    """Real demonstrations, a LeRobot dataset (default: demos/TASK-TARGET)."""
     num_real: int | None = None
-    """use only the first so many real demonstrations (default: all)"""
+    """Use only the first so many real demonstrations (default: all)."""
     real_val: Path | None = None
-    """held-out real demonstrations, on which only the imitation loss is measured (default: demos/TASK-TARGET-val)"""
+    """Held-out real demonstrations, on which the imitation loss is measured (default: demos/TASK-TARGET-val)."""
     alpha: float = 0.8
-    """share of simulated samples, exact over the batches together: 0 is real-only, 1 is sim-only"""
-    train: Literal["expert", "lora", "all"] = "all"
-    """which weights train: all but those that embed the observation, LoRA, or all"""
+    """Share of simulated samples, exact over the batches together: 0 is real-only, 1 is sim-only."""
+    train: Literal["expert", "llm", "lora", "all"] = "all"
+    """Which weights train: pi0.5's action expert or OpenVLA's language model alone; LoRA adapters, for large policies;
+    or all."""
     steps: int = 3000
-    """gradient steps; 1000 show what there is to see sooner, tiny-openvla wants 2000"""
+    """Gradient steps. 1000 show what there is to see sooner, tiny-openvla wants 2000."""
     batch_size: int = 128
-    """samples in a gradient step"""
+    """Samples in a gradient step."""
     accumulate: int = 1
-    """backward passes in a gradient step: more of them need less memory"""
+    """Backward passes in a gradient step: more of them need less memory and give the same gradient."""
     bf16: bool = False
-    """weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and action
-    projections; what trains of them is updated in float32 copies"""
+    """Keep weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and
+    action projections. What trains of them is updated in float32 copies."""
     gradient_checkpointing: bool = False
-    """compute activations twice instead of keeping them"""
+    """Compute activations twice instead of keeping them: a third more time, much less memory."""
     lr: float = 1e-3
-    """peak learning rate; 2 % linear warm-up, then a cosine to a tenth"""
+    """Peak learning rate; 2 % linear warm-up, then a cosine to a tenth. Far too high for a pretrained policy."""
     weight_decay: float = 1e-4
-    """of AdamW"""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """gradients are clipped to it, all weights together"""
+    """Norm that gradients are clipped to, all weights together."""
     evaluations: int = 2
-    """evaluations in the twin and the target, the last one at the end"""
+    """Evaluations in the twin and the target, evenly spread, the last one at the end."""
     eval_episodes: int = 64
-    """episodes of each evaluation, on validation seeds"""
+    """Episodes of each evaluation, on validation seeds."""
     num_envs: int = 32
-    """environments that evaluate in parallel, spread over the cores"""
+    """Worlds that evaluate in parallel, spread over the cores."""
     workers: int | None = None
-    """processes that load batches (default: none while all frames fit in memory, else one a core)"""
+    """Processes that load batches (default: none while all frames fit in memory, else one a core)."""
     seed: int = 1
-    """of the weights, the batches and the policy's noise"""
+    """Seed of the weights, the batches and the policy's noise."""
     out: Path = Path("runs/sft")
-    """folder of the run"""
+    """Folder of the run."""
     wandb: bool = False
-    """also log to Weights & Biases (pip install wandb)"""
+    """Also log to Weights & Biases (pip install wandb)."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
 
 
 def main(args: Args):
-    at_least_1 = "steps", "batch_size", "accumulate", "evaluations", "eval_episodes", "num_envs"
-    if low := [name for name in at_least_1 if getattr(args, name) < 1]:
-        raise ValueError(f"{', '.join(low)}: at least 1")
-    demos = dict(sim=args.sim or Path(f"demos/{args.task}-twin"),
-                 real=args.real or Path(f"demos/{args.task}-{args.target}"),
-                 val=args.real_val or Path(f"demos/{args.task}-{args.target}-val"))
-    if not (args.sim or args.real or args.real_val) and not all(path.exists() for path in demos.values()):
-        data.main(data.Args(task=args.task, target=args.target))
+    counts = ("steps", "batch_size", "accumulate", "evaluations", "eval_episodes", "num_envs")
+    too_small = [name for name in counts if getattr(args, name) < 1]
+    if too_small:
+        raise UserError(f"{', '.join(too_small)}: at least 1")
+    sim_path = args.sim or data.demos_path(args.task, "twin")
+    real_path = args.real or data.demos_path(args.task, args.target)
+    val_path = args.real_val or data.demos_path(args.task, args.target, held_out=True)
+    own_data = args.sim or args.real or args.real_val
+    if not own_data and not all(path.exists() for path in (sim_path, real_path, val_path)):
+        data.collect(data.CollectArgs(task=args.task, target=args.target))
     hz = envs.CONTROL_HZ
-    real = data.load_dataset(demos["real"], num_episodes=args.num_real, fps=hz) if args.alpha < 1 else None
-    sim = data.load_dataset(demos["sim"], fps=hz) if args.alpha > 0 else None
-    val = data.load_dataset(demos["val"], fps=hz)
+    real = data.load_dataset(real_path, num_episodes=args.num_real, fps=hz) if args.alpha < 1 else None
+    sim = data.load_dataset(sim_path, fps=hz) if args.alpha > 0 else None
+    held_out = data.load_dataset(val_path, fps=hz)
+    trained_on = [dataset for dataset in (real, sim) if dataset is not None]
 
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(args.policy, stats=data.statistics(*(d for d in (real, sim) if d is not None)),
-                         dtype=torch.bfloat16 if args.bf16 else None, device=device)
-    policy.freeze(args.train)
+    dtype = torch.bfloat16 if args.bf16 else None
+    policy = load_policy(args.policy, stats=data.statistics(*trained_on), dtype=dtype, device=device)
+    policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
-    optimizer = AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad])], lr=args.lr, betas=(0.9, 0.95),
-                      weight_decay=args.weight_decay)
-    trained = optimizer.param_groups[0]["params"]
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = AdamW([dict(params=trainable)], lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    trained = optimizer.param_groups[0]["params"]  # with --bf16 the float32 copies of `trainable`
 
     def schedule(step):
         warmup = min(1, (step + 1) / (0.02 * args.steps))
         return warmup * (0.1 + 0.9 * (1 + math.cos(math.pi * step / args.steps)) / 2)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    in_memory = all(isinstance(d.frames, np.ndarray) for d in (real, sim) if d is not None)
-    workers = args.workers if args.workers is not None else 0 if in_memory else len(os.sched_getaffinity(0))
-    batches = data.Mixture(real, sim, args.alpha, args.batch_size, policy.horizon, args.seed)
-    held_out = data.Mixture(val, None, 0, 256, policy.horizon, seed=0)[0]
+    batches = data.Mixture(real, args.batch_size, policy.horizon, args.seed, sim=sim, alpha=args.alpha)
+    held_out_batch = data.Mixture(held_out, 256, policy.horizon, seed=0)[0]
+    workers = args.workers
+    if workers is None:  # decoding pictures is what takes time
+        in_memory = all(isinstance(dataset.frames, np.ndarray) for dataset in trained_on)
+        workers = 0 if in_memory else len(os.sched_getaffinity(0))
 
     # resume a killed run, leave a finished one alone
-    args.out.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(asdict(args), default=str))
-    state_file, step, best = args.out / "trainer.pt", 0, -1.0
-    if state_file.exists():
-        state = read_file(state_file)
-        free = {"workers", "num_envs", "out", "wandb"}
-        if changed := {k for k, v in settings.items() if state["args"].get(k) != v} - free:
-            raise SystemExit(f"{args.out} holds a run with another {', '.join(sorted(changed))}: give another --out, "
-                             f"or delete that folder")
-        step, best = state["step"], state["best"]
+    settings = checkpoints.run_settings(args)
+    step = 0
+    best = -1.0
+    state = checkpoints.resume_run(args.out, settings, free={"workers", "num_envs", "out", "wandb", "debug"})
+    if state:
+        step = state["step"]
+        best = state["best"]
         if step == args.steps:
             print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
             return
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        cpu, *cuda = state["rng"]
-        torch.set_rng_state(cpu), torch.cuda.set_rng_state_all(cuda)
+        checkpoints.restore_rng(state)
         print(f"{args.out}: resuming at step {step}")
 
-    write_file(args.out / "args.json", settings)
+    checkpoints.write_file(args.out / "args.json", settings)
     if args.wandb:
         import wandb
+
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
-    # what was logged at `step` stays: the step was finished
+    # What was logged at `step` stays: the step was finished.
     writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1)
-    twin, target = (envs.VecEnv(args.task, domain, args.num_envs)
-                    for domain in (envs.TWIN, envs.target_domain(args.target)))
+    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs)
+    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs)
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
-    loader = iter(DataLoader(batches, batch_size=None, sampler=range(step, args.steps), num_workers=workers,
-                             generator=torch.Generator()))  # its own: the global one stays where resuming put it
+    # A generator of its own: the global one stays where resuming put it.
+    todo = range(step, args.steps)
+    loader = DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator())
     bar = tqdm(total=args.steps, initial=step, desc="stage I", unit="step")
     for batch in loader:
         optimizer.zero_grad()
         losses = []
         for rows in torch.arange(args.batch_size).chunk(args.accumulate):
-            losses.append(policy.sft_loss(index_obs(batch, rows), reduce=False))
-            (losses[-1].sum() / args.batch_size).backward()  # alpha is in the batch: its share of simulated samples
-        loss = torch.cat(losses).detach()
+            loss = policy.sft_loss(index_obs(batch, rows), reduce=False)
+            # alpha is in the batch: it is the share of simulated samples in it
+            (loss.sum() / args.batch_size).backward()
+            losses.append(loss.detach())
+        loss = torch.cat(losses)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
         if not torch.isfinite(grad_norm):
-            raise SystemExit(f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm.item()}. "
-                             f"{args.out} keeps the last good checkpoint; begin again with a lower --lr and "
-                             f"another --out")
+            raise UserError(
+                f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm.item()}. {args.out} keeps the "
+                f"last good checkpoint; begin again with a lower --lr and another --out"
+            )
         optimizer.step()
         scheduler.step()
         step += 1
@@ -178,28 +189,36 @@ def main(args: Args):
             bar.set_postfix(loss=f"{loss.mean().item():.3f}")
 
         if step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
-            log = envs.validate(policy, {"twin": twin, args.target: target}, args.eval_episodes, held_out,
-                                args.out / f"videos/step_{step}.mp4")
+            worlds = {"twin": twin, args.target: target}
+            video = args.out / f"videos/step_{step}.mp4"
+            log = envs.validate(policy, worlds, args.eval_episodes, held_out_batch, video)
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
-            if log["eval/success_twin"] >= best:  # chosen in the twin, which needs no robot; of equals the later
+            # A checkpoint is chosen in the twin, which needs no robot; of equally good ones the later is kept.
+            if log["eval/success_twin"] >= best:
                 best = log["eval/success_twin"]
                 policy.save(args.out / "best")
         if step % 100 == 0 or step == args.steps:
             policy.save(args.out / "last")
             writer.flush()
-            write_file(state_file, dict(args=settings, step=step, best=best, policy=policy.state_dict(),
-                                        optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
-                                        rng=[torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]))
-    bar.close(), writer.close(), twin.close(), target.close()
-    print(f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
-          f"tensorboard --logdir {args.out}; next: python train_rlco.py")
+            checkpoints.save_run(
+                args.out,
+                settings,
+                step=step,
+                best=best,
+                policy=policy.state_dict(),
+                optimizer=optimizer.state_dict(),
+                scheduler=scheduler.state_dict(),
+            )
+    for opened in (bar, writer, twin, target):
+        opened.close()
+    print(
+        f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
+        f"tensorboard --logdir {args.out}; next: python train_rlco.py"
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"train_sft.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command resumes") from None
+    args = tyro.cli(Args)
+    checkpoints.one_line_errors(args.debug)
+    main(args)

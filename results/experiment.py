@@ -1,38 +1,38 @@
 """The paper's experiment on one machine: every training run, every evaluation, every table and figure of results/.
 
-    python results/experiment.py                        # all of it, one training seed; goes on where it was stopped
-    python results/experiment.py --only main-open       # the sections whose name begins so
-    python results/experiment.py --seeds 1 2 --jobs 4
+    python -m results.experiment                        # all of it, one training seed; goes on where it was stopped
+    python -m results.experiment --only main-open       # the sections whose name begins so
+    python -m results.experiment --seeds 1 2 --jobs 4
 
 A cell is one training run, in runs/experiment/, or the evaluation of its best checkpoint, in results/raw/, on the same
 seeds for all runs of a task. Tables and figures are made from results/raw/ alone. A finished cell is never run again
 (delete its folders to have it anew), a killed one goes on. All settings are the scripts' defaults, but for those that
 stand in this file.
 """
+
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-from envs import TASKS, VARIATIONS  # noqa: E402
-from eval_real import wilson  # noqa: E402
-from policy import write_file  # noqa: E402
-from train_rlco import curve, plot  # noqa: E402
+from checkpoints import UserError, one_line_errors, write_file
+from envs import TASKS, VARIATIONS
+from eval_real import wilson
+from train_rlco import curve, plot
 
 PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
 POLICIES = {"tiny-pi05": "π0.5", "tiny-openvla": "OpenVLA"}
 PAPER = {"tiny-pi05": (26.7, 45.9, 66.2), "tiny-openvla": (16.5, 40.0, 64.0)}  # real robot, mean of four tasks, %
-SETTINGS = {"tiny-pi05": ("", ""),  # beside the defaults, in stage I and in stage II
-            "tiny-openvla": ("--steps 2000", "--lr 5e-5")}
+STAGE1 = {"tiny-pi05": "", "tiny-openvla": "--steps 2000"}  # settings beside the defaults
+STAGE2 = {"tiny-pi05": "", "tiny-openvla": "--lr 5e-5"}
 SHORT = "--steps 1000"  # of stage I: a third of the default
 EXPERT = "--train expert --lr 1.5e-4 --iterations 20"  # fewer weights take larger steps, and more of them
 REAL_DEMOS = (5, 10, 20, 50)
@@ -46,11 +46,13 @@ class Args:
     """Run what is missing of the experiment, then write results/README.md and its figures from what is there."""
 
     only: str = ""
-    """run only the sections whose name begins with this; "none" runs nothing"""
+    """Run only the sections whose name begins with this; "none" runs nothing and draws tables and figures anew."""
     seeds: tuple[int, ...] = (1,)
-    """training seeds"""
+    """Training seeds. Each repeats all the training; evaluation has the same episodes."""
     jobs: int = len(os.sched_getaffinity(0))
-    """cells at the same time, each on one thread (and its simulators)"""
+    """Cells at the same time, each on one thread (and its simulators)."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
 
 
 @dataclass(frozen=True)
@@ -65,72 +67,91 @@ class Cell:
     start: "Cell | None" = None
 
     @property
-    def command(self):
-        return f"{self.script} --task {self.task} --target {self.target} --out {self.out} {self.options}".strip()
+    def command(self) -> str:
+        script = "eval_real.py standin" if self.script == "eval_real.py" else self.script
+        return f"{script} --task {self.task} --target {self.target} --out {self.out} {self.options}".strip()
 
     @property
-    def done(self):
+    def done(self) -> Path:
+        """The file that is there when the cell has been run."""
         return Path(self.out, "results.json" if self.script == "eval_real.py" else "done")
 
 
-def stage1(task, policy, seed, name="sft", options="", target="standin"):
-    return Cell("train_sft.py", f"runs/experiment/{task}-{policy}-{name}-s{seed}",
-                f"--policy {policy} --seed {seed} {SETTINGS[policy][0]} {options}", task, target)
+def stage1(task: str, policy: str, seed: int, name: str = "sft", options: str = "", target: str = "standin") -> Cell:
+    out = f"runs/experiment/{task}-{policy}-{name}-s{seed}"
+    return Cell("train_sft.py", out, f"--policy {policy} --seed {seed} {STAGE1[policy]} {options}", task, target)
 
 
-def stage2(start, policy, seed, name="rlco", options=""):
-    return Cell("train_rlco.py", f"runs/experiment/{start.task}-{policy}-{name}-s{seed}",
-                f"--policy {start.out}/best --seed {seed} {SETTINGS[policy][1]} {options}", start.task, start.target, start)
+def stage2(start: Cell, policy: str, seed: int, name: str = "rlco", options: str = "") -> Cell:
+    out = f"runs/experiment/{start.task}-{policy}-{name}-s{seed}"
+    options = f"--policy {start.out}/best --seed {seed} {STAGE2[policy]} {options}"
+    return Cell("train_rlco.py", out, options, start.task, start.target, start)
 
 
-def evaluation(run, variation=None):
-    out = f"results/raw/{Path(run.out).name}{f'-{variation}' if variation else ''}"
-    options = f"--policies {run.out}/best --videos 0{f' --variation {variation}' if variation else ''}"
+def evaluation(run: Cell, variation: str | None = None) -> Cell:
+    out = f"results/raw/{Path(run.out).name}"
+    options = f"--policies {run.out}/best --videos 0"
+    if variation:
+        out += f"-{variation}"
+        options += f" --variation {variation}"
     return Cell("eval_real.py", out, options, run.task, run.target, run)
 
 
-def experiment(seed):
+def experiment(seed: int) -> Iterator[tuple[str, Cell]]:
     """All evaluations, each with its section's name, those of the main table first."""
     main = {}
     for policy in POLICIES:
         for task in TASKS:
             sft = stage1(task, policy, seed)
-            main[task, policy] = [stage1(task, policy, seed, "real", "--alpha 0"), sft, stage2(sft, policy, seed)]
-            yield from ((f"main-{task}-{policy}", evaluation(run)) for run in main[task, policy])
+            main[task, policy] = (stage1(task, policy, seed, "real", "--alpha 0"), sft, stage2(sft, policy, seed))
+            for run in main[task, policy]:
+                yield f"main-{task}-{policy}", evaluation(run)
 
-    of = "tiny-pi05", seed
+    pi05 = "tiny-pi05"  # all else is about it
     for task in TASKS:
-        sft = stage1(task, *of, "sft-steps1000", SHORT)
-        real = stage1(task, *of, "real-steps1000", f"--alpha 0 {SHORT}")
-        yield from ((f"short-{task}", evaluation(run)) for run in (real, sft, stage2(sft, *of, "rlco-steps1000")))
-    real, sft, rlco = main["push_cube", "tiny-pi05"]
-    yield from (("forgetting", evaluation(run)) for run in (
-        sft, rlco, *(stage2(sft, *of, f"rl-beta{beta}", f"--beta {beta}") for beta in BETAS if beta != 0.2)))
-    yield from (("expert_only", evaluation(run)) for run in (
-        sft, *(stage2(sft, *of, f"rl_expert-beta{beta}", f"--beta {beta} {EXPERT}") for beta in BETAS)))
-    yield from (("stage1", evaluation(run)) for run in (rlco, stage2(real, *of, "rlco_from_real")))
+        real = stage1(task, pi05, seed, "real-steps1000", f"--alpha 0 {SHORT}")
+        sft = stage1(task, pi05, seed, "sft-steps1000", SHORT)
+        for run in (real, sft, stage2(sft, pi05, seed, "rlco-steps1000")):
+            yield f"short-{task}", evaluation(run)
+
+    real, sft, rlco = main["push_cube", pi05]
+    swept = [stage2(sft, pi05, seed, f"rl-beta{beta}", f"--beta {beta}") for beta in BETAS if beta != 0.2]
+    for run in (sft, rlco, *swept):
+        yield "forgetting", evaluation(run)
+    swept = [stage2(sft, pi05, seed, f"rl_expert-beta{beta}", f"--beta {beta} {EXPERT}") for beta in BETAS]
+    for run in (sft, *swept):
+        yield "expert_only", evaluation(run)
+    for run in (rlco, stage2(real, pi05, seed, "rlco_from_real")):
+        yield "stage1", evaluation(run)
     for alpha in ALPHAS:
-        start = stage1("push_cube", *of, f"sft-alpha{alpha}", f"--alpha {alpha}")
-        runs = (sft, rlco) if alpha == 0.8 else (start, stage2(start, *of, f"rlco-alpha{alpha}"))
-        yield from ((f"alpha-{alpha}", evaluation(run)) for run in runs)
+        start = stage1("push_cube", pi05, seed, f"sft-alpha{alpha}", f"--alpha {alpha}")
+        runs = (sft, rlco) if alpha == 0.8 else (start, stage2(start, pi05, seed, f"rlco-alpha{alpha}"))
+        for run in runs:
+            yield f"alpha-{alpha}", evaluation(run)
     for (task, policy), runs in main.items():
-        yield from ((f"unseen-{task}-{policy}", evaluation(run, variation)) for variation in VARIATIONS for run in runs)
+        for variation in VARIATIONS:
+            for run in runs:
+                yield f"unseen-{task}-{policy}", evaluation(run, variation)
 
     for target in ("mild", "strong"):
-        start = stage1("push_cube", *of, f"sft-{target}", target=target)
+        start = stage1("push_cube", pi05, seed, f"sft-{target}", target=target)
         yield f"gap-{target}", evaluation(start)
         for beta in (0, 0.2):
-            yield f"gap-{target}", evaluation(stage2(start, *of, f"rl-{target}-beta{beta}", f"--beta {beta}"))
+            yield f"gap-{target}", evaluation(stage2(start, pi05, seed, f"rl-{target}-beta{beta}", f"--beta {beta}"))
     for n in REAL_DEMOS:
         few = f"--num-real {n}"
-        real, start = (stage1("open_drawer", *of, f"{p}-real{n}", few + o) for p, o in (("real", " --alpha 0"), ("sft", "")))
-        runs = main["open_drawer", of[0]] if n == 50 else (real, start, stage2(start, *of, f"rlco-real{n}", few))
-        yield from ((f"real_demos-{n}", evaluation(run)) for run in runs)
+        real = stage1("open_drawer", pi05, seed, f"real-real{n}", f"{few} --alpha 0")
+        sft = stage1("open_drawer", pi05, seed, f"sft-real{n}", few)
+        runs = (real, sft, stage2(sft, pi05, seed, f"rlco-real{n}", few))
+        for run in main["open_drawer", pi05] if n == 50 else runs:
+            yield f"real_demos-{n}", evaluation(run)
 
 
-def run(cells, jobs):
-    """Run all cells that are not done, `jobs` at a time, each after the one that it starts from -> those that failed."""
-    todo, running, failed = {}, {}, set()
+def run(cells: list[Cell], jobs: int) -> list[str]:
+    """Run the cells that are not done, `jobs` at once, each after the one that it starts from -> those that failed."""
+    todo = {}  # cells by folder, in the order in which they are begun
+    running = {}  # cell: its process and when it began
+    failed = set()
 
     def want(cell):  # depth first: what is begun is finished before the next begins
         if not cell.done.exists():
@@ -138,33 +159,32 @@ def run(cells, jobs):
                 want(cell.start)
             todo[cell.out] = cell
 
+    def ready(cell):
+        return cell.start is None or cell.start.done.exists()
+
     for cell in cells:
         want(cell)
-    for task, target in dict.fromkeys((c.task, c.target) for c in todo.values()):
-        subprocess.run([sys.executable, "data.py", "--task", task, "--target", target], check=True)
+    # Before anything trains: two runs of a task would collect its demonstrations at the same time.
+    for task, target in dict.fromkeys((cell.task, cell.target) for cell in todo.values()):
+        subprocess.run([sys.executable, "data.py", "collect", "--task", task, "--target", target], check=True)
     Path("runs/experiment").mkdir(parents=True, exist_ok=True)
-    ready = lambda cell: cell.start is None or cell.start.done.exists()
     try:
-        while running or any(map(ready, todo.values())):  # what else is left needs what has failed
-            for cell in [c for c in todo.values() if ready(c)][:jobs - len(running)]:
+        while running or any(ready(cell) for cell in todo.values()):  # what else is left needs what has failed
+            for cell in [cell for cell in todo.values() if ready(cell)][: jobs - len(running)]:
                 del todo[cell.out]
-                if cell.script == "eval_real.py":  # the run's settings, and stage II's metrics for the figures
-                    for file in (Path(cell.start.out, name) for name in ("args.json", "metrics.json")):
-                        if file.exists():
-                            write_file(Path("results/raw", file.parent.name, file.name), file.read_bytes())
-                with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
-                    running[cell] = subprocess.Popen([sys.executable, *cell.command.split()], stdout=log, stderr=log,
-                                                     env={**os.environ, "OMP_NUM_THREADS": "1"}), time.time()
+                running[cell] = begin(cell), time.time()
                 print(f"{time.strftime('%H:%M')} begins {cell.out} ({len(todo)} to come)", flush=True)
             for cell, (process, began) in list(running.items()):
-                if process.poll() is not None:
-                    del running[cell]
-                    print(f"{time.strftime('%H:%M')} {'ended' if process.returncode == 0 else 'FAILED'} {cell.out} after "
-                          f"{(time.time() - began) / 60:.0f} min", flush=True)
-                    if process.returncode:
-                        failed.add(cell.out)
-                    elif cell.script != "eval_real.py":
-                        cell.done.touch()
+                if process.poll() is None:
+                    continue
+                del running[cell]
+                how = "FAILED" if process.returncode else "ended"
+                minutes = (time.time() - began) / 60
+                print(f"{time.strftime('%H:%M')} {how} {cell.out} after {minutes:.0f} min", flush=True)
+                if process.returncode:
+                    failed.add(cell.out)
+                elif cell.script != "eval_real.py":
+                    cell.done.touch()
             time.sleep(1)
     finally:  # left alone they would go on, beside the same cells of the next call
         for process, _ in running.values():
@@ -172,164 +192,243 @@ def run(cells, jobs):
     return sorted(failed) + sorted(todo)
 
 
-# --------------------------------------------------------------------------------------------------- tables and figures
-def collected():
-    """{(TASK-POLICY-NAME, variation or None): {domain: {training seed: (successes, episodes)}}}, and
-    {TASK-POLICY-NAME: {training seed: stage II's metrics}}."""
-    success, metrics = {}, {}
-    for path in sorted(Path("results/raw").glob("*/results.json")):
-        content = json.loads(path.read_text())
-        for r in content["results"]:
-            run, seed = Path(r["policy"]).parent.name.rsplit("-s", 1)
-            entry = success.setdefault((run, content["args"]["variation"]), {}).setdefault(r["domain"], {})
-            entry[int(seed)] = r["successes"], r["episodes"]
-        if (file := path.with_name("metrics.json")).exists():
-            metrics.setdefault(run, {})[int(seed)] = json.loads(file.read_text())
-    return success, metrics
+def begin(cell: Cell) -> subprocess.Popen:
+    """Start a cell on one thread, its output in a log beside its folder."""
+    if cell.script == "eval_real.py":  # the run's settings, and stage II's metrics for the figures
+        for name in ("args.json", "metrics.json"):
+            file = Path(cell.start.out, name)
+            if file.exists():
+                write_file(Path("results/raw", file.parent.name, name), file.read_bytes())
+    command = [sys.executable, *cell.command.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(f"runs/experiment/{Path(cell.out).name}-{Path(cell.script).stem}.log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def shared(entries):
-    """Dicts by training seed, cut to the seeds that all of them have which are not empty: like is compared with like."""
-    seeds = set.intersection(*(set(entry) for entry in entries if entry)) if any(entries) else set()
+# ---- tables and figures -----------------------------------------------------------------------------------------
+
+
+class Raw:
+    """What results/raw/ holds. A run is called TASK-POLICY-NAME; an entry is {training seed: (successes, episodes)}."""
+
+    def __init__(self):
+        self.success = {}  # {(run, variation or None): {domain: entry}}
+        self.metrics = {}  # {run: {training seed: stage II's metrics}}
+        for path in sorted(Path("results/raw").glob("*/results.json")):
+            content = json.loads(path.read_text())
+            for result in content["results"]:
+                run, seed = Path(result["policy"]).parent.name.rsplit("-s", 1)
+                domains = self.success.setdefault((run, content["args"]["variation"]), {})
+                entry = domains.setdefault(result["domain"], {})
+                entry[int(seed)] = result["successes"], result["episodes"]
+            file = path.with_name("metrics.json")
+            if file.exists():
+                self.metrics.setdefault(run, {})[int(seed)] = json.loads(file.read_text())
+
+    def entries(self, runs, domain: str, variation: str | None = None) -> list[dict]:
+        return shared([self.success.get((run, variation), {}).get(domain, {}) for run in runs])
+
+    def rates(self, runs, domain: str, variation: str | None = None) -> list[str]:
+        """The success of each run as text, compared with the others'."""
+        return compare([[entry] for entry in self.entries(runs, domain, variation)])
+
+
+def shared(entries: list[dict]) -> list[dict]:
+    """Dicts by training seed, cut to the seeds that all of them have that are not empty: like is compared with like."""
+    known = [set(entry) for entry in entries if entry]
+    seeds = set.intersection(*known) if known else set()
     return [{seed: entry[seed] for seed in entry if seed in seeds} for entry in entries]
 
 
-def interval(entries):
+def interval(entries: list[dict]) -> tuple[float, float, float]:
     """Mean success of tasks that weigh alike, all episodes of a task's training seeds together -> share, low, high: the
     95 % Wilson interval of episodes that vary at least as much as it does."""
     successes, episodes = np.array([np.sum([*entry.values()], 0) for entry in entries], float).T
-    share, n = np.mean(successes / episodes), len(entries) ** 2 / np.sum(1 / episodes)
+    share = np.mean(successes / episodes)
+    n = len(entries) ** 2 / np.sum(1 / episodes)
     return share, *wilson(share * n, n)
 
 
-def compare(groups):
+def compare(groups: list[list[dict]]) -> list[str]:
     """Means of groups of entries (one task, or several) as text, in %; each training seed's own in brackets."""
-    known, cells = [interval(group) if all(group) else None for group in groups], []
-    for group, own in zip(groups, known):
-        if not own:
+    intervals = [interval(group) if all(group) else None for group in groups]
+    cells = []
+    for i, group in enumerate(groups):
+        if intervals[i] is None:
             cells.append("–")
             continue
-        text = "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in own))
-        best = all(other is own or other and own[1] > other[2] for other in known)
-        seeds = [f"{100 * np.mean([np.divide(*entry[seed]) for entry in group]):.0f}" for seed in group[0]]
-        cells.append((f"**{text}**" if best else text) + (f" ({', '.join(seeds)})" if len(seeds) > 1 else ""))
+        share, low, high = intervals[i]
+        text = f"{100 * share:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+        others = intervals[:i] + intervals[i + 1 :]
+        if all(other is not None and low > other[2] for other in others):  # what is not known yet may be as good
+            text = f"**{text}**"
+        if len(group[0]) > 1:
+            means = [np.mean([np.divide(*entry[seed]) for entry in group]) for seed in group[0]]
+            text += f" ({', '.join(f'{100 * mean:.0f}' for mean in means)})"
+        cells.append(text)
     return cells
 
 
-def heading(domain):
-    return DOMAINS[domain] + ", **not a real robot**" * (domain != "twin")
+def heading(domain: str) -> str:
+    return DOMAINS[domain] if domain == "twin" else f"{DOMAINS[domain]}, **not a real robot**"
 
 
-def table(head, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+def table(head: list, rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def report():
-    success, metrics = collected()
-    episodes = {n for domains in success.values() for entry in domains.values() for _, n in entry.values()}
-    text = [f"# Results\n\nMade by `python results/experiment.py`. Success in % of {' or '.join(map(str, sorted(episodes)))} unseen "
-            "episodes for each training seed, the same in every cell of a table, with 95 % Wilson intervals over the "
-            "episodes of all training seeds together: they say what these checkpoints do, not what another training seed "
-            "would. Where there are several training seeds, each one's own rate is in brackets; else there is one. What "
-            "is compared has the same training seeds: those that all cells have. Bold: the interval lies above all that "
-            "it is compared with, the paradigms of a policy or the rows of an ablation. **The stand-in is a second "
-            "simulated domain, not a real robot.** Checkpoints are the best on validation seeds in the twin.\n"]
-
-    def entries(runs, domain, variation=None):
-        return shared([success.get((run, variation), {}).get(domain, {}) for run in runs])
-
-    def rates(*which):
-        return compare([[entry] for entry in entries(*which)])
-
-    def rl_section(title, name, start, runs, target="standin"):
-        """Success and the imitation loss on held-out real demonstrations, before RL (the run `start`) and of the
-        checkpoints that are evaluated."""
-        prefix = "push_cube-tiny-pi05-"
-        runs = {prefix + run: label for run, label in runs.items() if prefix + run in metrics}
-        logs = {label: [*m.values()] for label, m in zip(runs.values(), shared([metrics[run] for run in runs]))}
-        if len(runs) > 1 and all(logs.values()):  # else no training seed is in all of them yet
-            curves = lambda key, scale=1.0: {label: [curve(m, key, scale) for m in ms] for label, ms in logs.items()}
-            plot({f"{target}, success (%)": curves(f"eval/success_{target}", 100),
-                  "twin, success (%)": curves("eval/success_twin", 100)}, f"results/{name}.png", ylabel="")
-            plot({"": curves("eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
-            best = lambda m: max(curve(m, "eval/success_twin"), key=lambda point: point[::-1])[0]  # of equals the later
-            loss = lambda ms, at: np.mean([dict(curve(m, "eval/real_loss"))[at(m)] for m in ms])
-            changes = {label: f"{loss(ms, lambda m: 0):.3f} → {loss(ms, best):.3f}" for label, ms in logs.items()}
-            if start:
-                runs, changes = {prefix + start: "before RL", **runs}, {"before RL": "", **changes}
-            rows = [[label, twin, in_target, changes[label]] for label, twin, in_target in zip(
-                runs.values(), rates(runs, "twin"), rates(runs, target))]
-            text.append(f"## {title}\n\n" + table(
-                            ["push cube, π0.5", "twin", heading(target), "imitation loss, held-out real"], rows)
-                        + f"\n![]({name}.png)\n![]({name}_loss.png)\n")
-
-    def main_section(title, policies, steps=""):
-        for domain in ("standin", "twin"):
-            columns = []  # a policy's three, from the first task down to the paper's
-            for policy in policies:
-                runs = {task: [f"{task}-{policy}-{paradigm}{steps}" for paradigm in PARADIGMS] for task in TASKS}
-                cells = entries(sum(runs.values(), []), domain)
-                columns.append([*(rates(runs[task], domain) for task in TASKS),
-                                compare([cells[i::len(PARADIGMS)] for i in range(len(PARADIGMS))]),
-                                [f"*{x}*" for x in PAPER[policy]]])
-            names = [*TASKS, "mean", *["*the paper, real robot, mean of its four tasks*"] * (domain == "standin")]
-            text.append(f"## {title}: {DOMAINS[domain]}\n\n" + table(
-                [heading(domain), *(f"{POLICIES[p]}: {paradigm}" for p in policies for paradigm in PARADIGMS.values())],
-                [[name, *sum(cells, [])] for name, *cells in zip(names, *columns)]))
+def main_section(raw: Raw, title: str, policies, steps: str = "") -> str:
+    """A table for each domain: a row for each task, three columns for each policy; and stage II's curves."""
+    parts = []
+    for domain in ("standin", "twin"):
+        head = [heading(domain)]
+        rows = [[task] for task in TASKS]
+        mean = ["mean"]
+        paper = ["*the paper, real robot, mean of its four tasks*"]
         for policy in policies:
-            logs = {task: metrics.get(f"{task}-{policy}-rlco{steps}", {}).values() for task in TASKS}
-            curves = {task: {domain: [curve(m, f"eval/success_{domain}", 100) for m in ms] for domain in ("twin", "standin")}
-                      for task, ms in logs.items() if ms}
-            if curves:
-                plot(curves, f"results/main-{policy}{steps}.png")
-                text.append(f"{POLICIES[policy]}, stage II on validation seeds, from stage I on:\n\n"
-                            f"![](main-{policy}{steps}.png)\n")
+            runs = [[f"{task}-{policy}-{paradigm}{steps}" for paradigm in PARADIGMS] for task in TASKS]
+            for row, paradigms in zip(rows, runs):
+                row += raw.rates(paradigms, domain)
+            cells = raw.entries(sum(runs, []), domain)
+            mean += compare([cells[i :: len(PARADIGMS)] for i in range(len(PARADIGMS))])
+            paper += [f"*{rate}*" for rate in PAPER[policy]]
+            head += [f"{POLICIES[policy]}: {paradigm}" for paradigm in PARADIGMS.values()]
+        rows += [mean, paper] if domain == "standin" else [mean]
+        parts.append(f"## {title}: {DOMAINS[domain]}\n\n{table(head, rows)}")
+    for policy in policies:
+        curves = {}
+        for task in TASKS:
+            logs = raw.metrics.get(f"{task}-{policy}-rlco{steps}", {}).values()
+            if logs:
+                domains = ("twin", "standin")
+                curves[task] = {d: [curve(log, f"eval/success_{d}", 100) for log in logs] for d in domains}
+        if curves:
+            figure = f"main-{policy}{steps}.png"
+            plot(curves, f"results/{figure}")
+            parts.append(f"{POLICIES[policy]}, stage II on validation seeds, from stage I on:\n\n![]({figure})\n")
+    return "\n".join(parts)
 
-    main_section("Main table", POLICIES)
-    main_section("After a stage I of 1000 steps", ["tiny-pi05"], "-steps1000")
 
-    rl_section("Forgetting, and the sweep of β", "forgetting", "sft",
-               {"rlco" if b == 0.2 else f"rl-beta{b}": f"β = {b}" for b in BETAS})
-    rl_section("Forgetting: RL of the action expert only", "expert_only", "sft",
-               {f"rl_expert-beta{b}": f"β = {b}" for b in BETAS})
+def loss_change(logs: dict) -> str:
+    """The imitation loss on held-out real demonstrations, before RL and of the checkpoint that is evaluated."""
+    before = []
+    after = []
+    for log in logs.values():
+        losses = dict(curve(log, "eval/real_loss"))
+        _, best = max((success, iteration) for iteration, success in curve(log, "eval/success_twin"))
+        before.append(losses[0])
+        after.append(losses[best])
+    return f"{np.mean(before):.3f} → {np.mean(after):.3f}"
+
+
+def rl_section(raw: Raw, title: str, name: str, start: str | None, runs: dict, target: str = "standin") -> str:
+    """Runs of RL {name: label} on push cube: success and the imitation loss on held-out real demonstrations, of the
+    checkpoints that are evaluated, and before RL (the run `start`)."""
+    prefix = "push_cube-tiny-pi05-"
+    runs = {prefix + run: label for run, label in runs.items() if prefix + run in raw.metrics}
+    logs = dict(zip(runs.values(), shared([raw.metrics[run] for run in runs])))
+    if len(runs) < 2 or not all(logs.values()):
+        return ""  # no training seed is in all of them yet
+
+    def curves(key, scale=1.0):
+        return {label: [curve(log, key, scale) for log in by_seed.values()] for label, by_seed in logs.items()}
+
+    panels = {
+        f"{target}, success (%)": curves(f"eval/success_{target}", 100),
+        "twin, success (%)": curves("eval/success_twin", 100),
+    }
+    plot(panels, f"results/{name}.png", ylabel="")
+    plot({"": curves("eval/real_loss")}, f"results/{name}_loss.png", "imitation loss, held-out real")
+    if start:
+        runs = {prefix + start: "before RL", **runs}
+    columns = zip(runs.values(), raw.rates(runs, "twin"), raw.rates(runs, target))
+    rows = [[label, *cells, loss_change(logs[label]) if label in logs else ""] for label, *cells in columns]
+    head = ["push cube, π0.5", "twin", heading(target), "imitation loss, held-out real"]
+    return f"## {title}\n\n{table(head, rows)}\n![]({name}.png)\n![]({name}_loss.png)\n"
+
+
+def sweep_section(raw: Raw, title: str, name: str, label: str, paradigms, runs: dict) -> str:
+    """Success of `paradigms` in the stand-in over a setting: `runs` {its value: name of the run, "{}" its paradigm}."""
+    cells = raw.entries([run.format(paradigm) for paradigm in paradigms for run in runs.values()], "standin")
+    if not all(cells):
+        return ""  # no training seed is in all of them yet
+    columns = [cells[i : i + len(runs)] for i in range(0, len(cells), len(runs))]
+    curves = {}
+    for paradigm, column in zip(paradigms, columns):
+        curves[PARADIGMS[paradigm]] = [
+            [(value, 100 * np.divide(*entry[seed])) for value, entry in zip(runs, column)] for seed in column[0]
+        ]
+    plot({"": curves}, f"results/{name}.png", "stand-in, success (%)", label)
+    rows = [[value, *compare([[entry] for entry in row])] for value, *row in zip(runs, *columns)]
+    head = [f"{label} ({heading('standin')})", *curves]
+    return f"## {title}\n\n{table(head, rows)}\n![]({name}.png)\n"
+
+
+def unseen_section(raw: Raw, policy: str) -> str:
+    rows = []
+    for task in TASKS:
+        for variation in VARIATIONS:
+            if (f"{task}-{policy}-rlco", variation) in raw.success:
+                runs = [f"{task}-{policy}-{paradigm}" for paradigm in PARADIGMS]
+                rows.append([f"{task}, unseen {variation}", *raw.rates(runs, "standin", variation)])
+    if not rows:
+        return ""
+    return f"## Unseen variations, {POLICIES[policy]}\n\n{table([heading('standin'), *PARADIGMS.values()], rows)}"
+
+
+def report() -> None:
+    """Write results/README.md and its figures from results/raw/ (both in the current folder)."""
+    raw = Raw()
+    entries = [entry for domains in raw.success.values() for entry in domains.values()]
+    episodes = sorted({n for entry in entries for _, n in entry.values()})
+    intro = (
+        "# Results\n\nMade by `python -m results.experiment`. "
+        f"Success in % of {' or '.join(map(str, episodes))} unseen episodes for each training seed, the same in every "
+        "cell of a table, with 95 % Wilson intervals over the episodes of all training seeds together: they say what "
+        "these checkpoints do, not what another training seed would. Where there are several training seeds, each "
+        "one's own rate is in brackets; else there is one. What is compared has the same training seeds: those that "
+        "all cells have. Bold: the interval lies above all that it is compared with, the paradigms of a policy or the "
+        "rows of an ablation. **The stand-in is a second simulated domain, not a real robot.** Checkpoints are the "
+        "best on validation seeds in the twin.\n"
+    )
+    betas = {"rlco" if beta == 0.2 else f"rl-beta{beta}": f"β = {beta}" for beta in BETAS}
+    expert = {f"rl_expert-beta{beta}": f"β = {beta}" for beta in BETAS}
+    starts = {"rlco": "after SFT co-training", "rlco_from_real": "after real-only SFT"}
+    alphas = {a: "push_cube-tiny-pi05-{}" + (f"-alpha{a}" if a != 0.8 else "") for a in ALPHAS}
+    demos = {n: "open_drawer-tiny-pi05-{}" + (f"-real{n}" if n != 50 else "") for n in REAL_DEMOS}
+    sections = [
+        intro,
+        main_section(raw, "Main table", POLICIES),
+        main_section(raw, "After a stage I of 1000 steps", ["tiny-pi05"], "-steps1000"),
+        rl_section(raw, "Forgetting, and the sweep of β", "forgetting", "sft", betas),
+        rl_section(raw, "Forgetting: RL of the action expert only", "expert_only", "sft", expert),
+    ]
     for target in ("mild", "strong"):
-        rl_section(f"A {target} gap", f"gap-{target}", f"sft-{target}",
-                   {f"rl-{target}-beta{b}": f"β = {b}" for b in (0, 0.2)}, target)
-    rl_section("Stage I with and without simulated demonstrations", "stage1", None,
-               {"rlco": "after SFT co-training", "rlco_from_real": "after real-only SFT"})
-
-    for title, name, x, paradigms, runs in (
-            ("Share of simulated samples: push cube, π0.5", "alpha", "α", ("sft", "rlco"),
-             {a: f"push_cube-tiny-pi05-{{}}{f'-alpha{a}' if a != 0.8 else ''}" for a in ALPHAS}),
-            ("Real demonstrations: open drawer, π0.5", "real_demos", "real demonstrations", PARADIGMS,
-             {n: f"open_drawer-tiny-pi05-{{}}{f'-real{n}' if n != 50 else ''}" for n in REAL_DEMOS})):
-        cells = entries([run.format(p) for p in paradigms for run in runs.values()], "standin")
-        if all(cells):
-            columns = {PARADIGMS[p]: cells[i * len(runs):][:len(runs)] for i, p in enumerate(paradigms)}
-            plot({"": {label: [[(at, 100 * np.divide(*entry[seed])) for at, entry in zip(runs, column)]
-                               for seed in column[0]]
-                       for label, column in columns.items()}}, f"results/{name}.png", "stand-in, success (%)", x)
-            text.append(f"## {title}\n\n" + table([f"{x} ({heading('standin')})", *columns], [
-                [at, *compare([[entry] for entry in row])] for at, *row in zip(runs, *columns.values())])
-                + f"\n![]({name}.png)\n")
-
-    for policy, label in POLICIES.items():
-        rows = [[f"{task}, unseen {variation}",
-                 *rates([f"{task}-{policy}-{paradigm}" for paradigm in PARADIGMS], "standin", variation)]
-                for task in TASKS for variation in VARIATIONS if (f"{task}-{policy}-rlco", variation) in success]
-        if rows:
-            text.append(f"## Unseen variations, {label}\n\n" + table([heading("standin"), *PARADIGMS.values()], rows))
-    write_file(Path("results/README.md"), "\n".join(text).encode())
+        runs = {f"rl-{target}-beta{beta}": f"β = {beta}" for beta in (0, 0.2)}
+        sections.append(rl_section(raw, f"A {target} gap", f"gap-{target}", f"sft-{target}", runs, target))
+    title = "Stage I with and without simulated demonstrations"
+    sections.append(rl_section(raw, title, "stage1", None, starts))
+    title = "Share of simulated samples: push cube, π0.5"
+    sections.append(sweep_section(raw, title, "alpha", "α", ("sft", "rlco"), alphas))
+    title = "Real demonstrations: open drawer, π0.5"
+    sections.append(sweep_section(raw, title, "real_demos", "real demonstrations", PARADIGMS, demos))
+    sections += [unseen_section(raw, policy) for policy in POLICIES]
+    write_file("results/README.md", "\n".join(section for section in sections if section).encode())
 
 
-if __name__ == "__main__":
-    os.chdir(ROOT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    args = tyro.cli(Args)
+def main(args: Args) -> None:
     cells = [cell for seed in args.seeds for section, cell in experiment(seed) if section.startswith(args.only)]
     if not cells and args.only != "none":
-        raise SystemExit(f"no section's name begins with {args.only!r}")
+        raise UserError(f"no section's name begins with {args.only!r}")
     failed = run(cells, max(1, args.jobs))
     report()
     if failed:
-        raise SystemExit(f"not done: {', '.join(failed)}; see the logs in runs/experiment")
+        raise UserError(f"not done: {', '.join(failed)}; see the logs in runs/experiment")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `run` ends what it has started
+    args = tyro.cli(Args)
+    one_line_errors(args.debug)
+    main(args)

@@ -1,10 +1,7 @@
 import os
 import signal
-import sys
-from pathlib import Path
 
 # before torch and SAPIEN start their threads: the tests run beside environment workers on few cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests send it, and a background job begins with it ignored

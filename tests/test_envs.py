@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,9 @@ import torch
 from mani_skill.utils.structs import Pose
 
 import envs
+from checkpoints import UserError
 
+ROOT = Path(__file__).parent.parent
 CLOSED = -1.0
 
 
@@ -72,7 +76,7 @@ def test_chunked_stepping_equals_single_stepping(pair):
             torch.testing.assert_close(reward, sum(step[1] for step in alone), atol=1e-6, rtol=0)
             assert not terminated and not truncated
             torch.testing.assert_close(chunked.get_state(), single.get_state(), atol=0, rtol=0)
-        # single.step rendered, and drew noise, at every step; the pictures differ by the noise alone: 2 / sqrt(pi) of it
+        # single.step rendered, and drew noise, at every step; the pictures differ by noise alone: 2 / sqrt(pi) of it
         a, b = (env.observe() for env in pair)
         assert (a["image"].float() - b["image"].float()).abs().mean() < 1.2 * envs.STANDIN.image_noise
         torch.testing.assert_close(a["state"], b["state"])
@@ -80,11 +84,12 @@ def test_chunked_stepping_equals_single_stepping(pair):
 
 def test_an_episode_that_ends_inside_a_chunk_stops_there(twin):
     twin.reset(seed=[1])
-    expert, rewards, ended = twin.expert(np.random.default_rng(1)), [], None
+    rewards = []
     actions = []
-    for action in expert:
+    for action in twin.demonstrator(np.random.default_rng(1)):
         reward, terminated, truncated, _ = twin.step_chunk(torch.from_numpy(action)[None, None])
-        actions.append(action), rewards.append(reward)
+        actions.append(action)
+        rewards.append(reward)
         if terminated or truncated:
             break
     assert terminated and len(actions) < twin.max_episode_steps
@@ -123,6 +128,7 @@ def test_pictures_show_the_domain(twin, pair):
     def seen(env):
         env.reset(seed=[2])
         return env.observe()["image"][0].float()
+
     first, again, other = seen(twin), seen(twin), seen(pair[0])
     assert first.shape == (64, 64, 3) and first.std() > 20
     torch.testing.assert_close(first, again, atol=0, rtol=0)
@@ -131,7 +137,7 @@ def test_pictures_show_the_domain(twin, pair):
 
 @pytest.mark.parametrize("task", envs.TASKS)
 @pytest.mark.parametrize("domain", [envs.TWIN, envs.STANDIN])
-def test_the_expert_finishes_in_time(task, domain):
+def test_the_demonstrator_finishes_in_time(task, domain):
     for seed in range(10):
         episode = envs.demonstrate(task, domain, 777_000 + seed)
         steps = len(episode["action"])
@@ -172,8 +178,12 @@ def test_picked_and_placed_is_in_the_bowl_at_rest_and_released():
 @pytest.mark.parametrize("task, beyond, short", [("open_drawer", 0.151, 0.149), ("close_drawer", 0.009, 0.011)])
 def test_a_drawer_counts_when_it_is_far_enough_and_rests(task, beyond, short):
     env = envs.make(task, envs.TWIN)
-    for opening, speed, success in ((beyond, 0, True), (short, 0, False), (beyond, 0.2, False),
-                                    (0.0, -0.1, task == "close_drawer")):  # pressed against its stop
+    for opening, speed, success in (
+        (beyond, 0, True),
+        (short, 0, False),
+        (beyond, 0.2, False),
+        (0.0, -0.1, task == "close_drawer"),
+    ):  # pressed against its stop
         env.reset(seed=[0])
         env.cabinet.set_qpos(torch.tensor([[opening]]))
         env.cabinet.set_qvel(torch.tensor([[float(speed)]]))
@@ -221,7 +231,7 @@ def test_vectorised_episodes_are_those_of_one_environment(twin):
     expected = [alone(seed) for seed in seeds]
     for num_envs, workers in ((4, 2), (3, 1)):
         world = envs.VecEnv("push_cube", envs.TWIN, num_envs, workers)
-        played = world.evaluate(towards_the_middle, seeds)
+        played = world.play(towards_the_middle, seeds)
         world.close()
         assert [(s, n) for s, n, _ in expected] == list(zip(played["success"], played["length"]))
         np.testing.assert_allclose(played["reward"], [r for _, _, r in expected], atol=1e-4)
@@ -232,25 +242,34 @@ def test_every_episode_gets_its_own_actions_however_early_others_end():
         """Episode `seed` shows its seed, ends after 1 + seed % 3 chunks, and wants its seed as its action."""
 
         def __init__(self):
-            self.num_envs, self.instruction = 3, ""
+            self.num_envs = 3
+            self.instruction = ""
 
         def _exchange(self, command, rows, auto_reset=True, video=False):
             if command == "reset":
-                self.seeds, self.steps = rows, [0] * 3
-                return [None if seed is None else self.seen(seed) for seed in rows]
-            return [None if actions is None else self.played(row, actions) for row, actions in enumerate(rows)]
+                self.seeds = rows
+                self.steps = [0] * 3
+            reply = self.seen if command == "reset" else self.played
+            return [reply(rows[i], i) if i in rows else None for i in range(3)]
 
-        def seen(self, seed):
+        def seen(self, seed, row):
             return np.full((1, 1, 3), seed, np.uint8), np.float32([seed])
 
-        def played(self, row, actions):
+        def played(self, actions, row):
             seed = self.seeds[row]
             self.steps[row] += 1
             done = self.steps[row] == 1 + seed % 3
-            return (None if done else self.seen(seed), float(actions[0, 0] == seed), done and seed % 2 == 0,
-                    done and seed % 2 == 1, self.steps[row], None, None)
+            return (
+                None if done else self.seen(seed, row),
+                float(actions[0, 0] == seed),
+                done and seed % 2 == 0,
+                done and seed % 2 == 1,
+                self.steps[row],
+                None,
+                None,
+            )
 
-    played = Counting().evaluate(lambda obs: obs["state"][:, None], range(7))
+    played = Counting().play(lambda obs: obs["state"][:, None], range(7))
     assert list(played["length"]) == list(played["reward"]) == [1, 2, 3, 1, 2, 3, 1]
     assert list(played["success"]) == [True, False] * 3 + [True]
 
@@ -258,11 +277,14 @@ def test_every_episode_gets_its_own_actions_however_early_others_end():
 def test_auto_reset_gives_the_next_first_observation_and_the_last_of_what_was_truncated(twin):
     """Row 0 succeeds, row 1 waits till its time is over."""
     world = envs.VecEnv("push_cube", envs.TWIN, 2, 1)
-    limit, steps = envs.PushCube.max_episode_steps, len(push := envs.demonstrate("push_cube", envs.TWIN, 10)["action"])
+    limit = envs.PushCube.max_episode_steps
+    push = envs.demonstrate("push_cube", envs.TWIN, 10)["action"]
+    steps = len(push)
     actions = torch.zeros(2, limit, 7)
     actions[..., 6] = CLOSED
     actions[0, :steps] = torch.from_numpy(push)
-    chunks, ends = actions.split(8, 1), []
+    chunks = actions.split(8, 1)
+    ends = []
     world.reset(10)
     for chunk in chunks:
         obs, _, terminated, truncated, info = world.step(chunk)
@@ -283,10 +305,11 @@ def test_auto_reset_gives_the_next_first_observation_and_the_last_of_what_was_tr
     world.close()
 
 
-def test_the_readmes_own_task_works(monkeypatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    code = next(block for block in readme.split("```python\n") if "class LiftBlock" in block).split("```")[0]
-    exec(code, vars(envs), namespace := {})
+def test_the_task_of_the_docs_works(monkeypatch):
+    docs = (ROOT / "docs/extend.md").read_text()
+    code = next(block for block in docs.split("```python\n") if "class LiftBlock" in block).split("```")[0]
+    namespace = {}
+    exec(code, vars(envs), namespace)
     monkeypatch.setitem(envs.TASKS, "lift_block", namespace["LiftBlock"])
     for domain in (envs.TWIN, envs.STANDIN):
         assert all(envs.demonstrate("lift_block", domain, seed)["success"] for seed in range(5))
@@ -296,6 +319,19 @@ def test_a_failing_worker_says_why():
     world = envs.VecEnv("push_cube", envs.TWIN, 1, 1, no_such_option=1)
     with pytest.raises(RuntimeError, match="no_such_option"):
         world.reset(0)
+
+
+def test_a_killed_worker_is_one_line():
+    world = envs.VecEnv("push_cube", envs.TWIN, 1, 1)
+    world.processes[0].kill()
+    with pytest.raises(UserError, match="an environment worker died"):
+        world.reset(0)
+
+
+def test_a_worker_imports_no_policy():
+    """It would cost each of them two seconds and 100 MB."""
+    code = "import sys, envs; sys.exit(bool({'policy', 'data', 'transformers'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_low_polygon_robot_goes_into_the_cache_folder(tmp_path, monkeypatch):
@@ -317,5 +353,5 @@ def test_seeds_of_different_uses_never_meet():
 
 def test_an_unknown_task_is_one_line():
     for build in (lambda: envs.make("fly", envs.TWIN), lambda: envs.VecEnv("fly", envs.TWIN)):
-        with pytest.raises(SystemExit, match="no task 'fly': choose one of pick_place, push_cube"):
+        with pytest.raises(UserError, match="no task 'fly': choose one of pick_place, push_cube"):
             build()

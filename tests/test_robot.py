@@ -1,4 +1,5 @@
 """The real path without an arm: openpi's own client at the server, franka-rs at franka-sim, OpenCV at video files."""
+
 import contextlib
 import dataclasses
 import fcntl
@@ -22,11 +23,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-import tyro
 
 import data
 import envs
 import eval_real
+import robot
+from checkpoints import UserError
 from policy import load_policy
 
 try:
@@ -38,8 +40,10 @@ os.environ["FRANKA_REALTIME"] = "ignore"  # no real-time kernel here
 ROOT = Path(__file__).parent.parent
 ENVIRON = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
 PATIENT = dict(max_image_age=1.5, max_silence=3.0)  # s; beside other work on few cores everything is late now and then
-STATS = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
-         "action": {"q01": [-0.005] * 6 + [-1.0], "q99": [0.005] * 6 + [1.0]}}
+STATS = {
+    "observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
+    "action": {"q01": [-0.005] * 6 + [-1.0], "q99": [0.005] * 6 + [1.0]},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,9 +66,14 @@ def checkpoint(tmp_path_factory):
 def server(checkpoint, tmp_path_factory):
     """Port of a served checkpoint."""
     pytest.importorskip("websockets", reason="pip install -r requirements-robot.txt")
-    process = subprocess.Popen([sys.executable, str(ROOT / "eval_real.py"), "--target", "server", "--policies",
-                                str(checkpoint), "--port", "0"], cwd=tmp_path_factory.mktemp("server"), env=ENVIRON,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "eval_real.py"), "serve", "--policy", str(checkpoint), "--port", "0"],
+        cwd=tmp_path_factory.mktemp("server"),
+        env=ENVIRON,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     line = process.stdout.readline()
     assert "ws://127.0.0.1:" in line, line + process.stdout.read()  # loopback, unless told otherwise
     yield int(line.rsplit(":", 1)[1])
@@ -75,8 +84,9 @@ def server(checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def connect(server):
-    client = pytest.importorskip("openpi_client.websocket_client_policy",
-                                 reason="pip install --no-deps openpi-client==0.1.2")
+    client = pytest.importorskip(
+        "openpi_client.websocket_client_policy", reason="pip install --no-deps openpi-client==0.1.2"
+    )
     return lambda: client.WebsocketClientPolicy("127.0.0.1", server)
 
 
@@ -96,8 +106,8 @@ def test_an_episode_through_openpis_client_is_the_one_in_process(connect, checkp
         return reply["actions"][None]
 
     seeds = [envs.SEEDS["evaluation"]]
-    here = world.evaluate(lambda obs: policy.act(obs, sample=False).actions, seeds, video=True)
-    there = world.evaluate(remote, seeds, video=True)
+    here = world.play(lambda obs: policy.act(obs, sample=False).actions, seeds, video=True)
+    there = world.play(remote, seeds, video=True)
     world.close()
     assert client.get_server_metadata()["chunk"] == policy.chunk and len(trip) == 56 / policy.chunk
     for key in ("success", "length", "reward"):
@@ -118,19 +128,30 @@ def test_clients_do_not_mix(connect):
             got[i].append(both[i].infer(some_obs(10 * i + t))["actions"])
 
     threads = [threading.Thread(target=play, args=(i,)) for i in range(2)]
-    [t.start() for t in threads], [t.join() for t in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     np.testing.assert_array_equal(got, expected)
 
 
 def test_a_bad_message_is_answered_and_a_client_that_goes_is_forgotten(connect, server):
     from websockets.sync.client import connect as raw
+
     first = connect().infer(some_obs(0))["actions"]
     client = connect()
     good = some_obs(0)
     image, state = good["image"], good["state"]
-    for bad, why in ((dict(image=image.astype(np.float32)), "uint8"), (dict(image=image[..., :1]), "image"),
-                     (dict(image=None), "image"), (dict(state=state[:6]), "7"), (dict(state=state * np.nan), "finite"),
-                     (dict(state="x"), "state"), (dict(prompt=3), "prompt"), ([1, 2], "dict")):
+    for bad, why in (
+        (dict(image=image.astype(np.float32)), "uint8"),
+        (dict(image=image[..., :1]), "image"),
+        (dict(image=None), "image"),
+        (dict(state=state[:6]), "7"),
+        (dict(state=state * np.nan), "finite"),
+        (dict(state="x"), "state"),
+        (dict(prompt=3), "prompt"),
+        ([1, 2], "dict"),
+    ):
         with pytest.raises(RuntimeError, match=why) as error:
             client.infer({**good, **bad} if isinstance(bad, dict) else bad)
         assert "Traceback" not in str(error.value)
@@ -142,28 +163,38 @@ def test_a_bad_message_is_answered_and_a_client_that_goes_is_forgotten(connect, 
         for garbage in (b"\xc1", b"", "text", b"\x81\xc4\x0b__ndarray__\xc3"):  # the last: an array without data
             ws.send(garbage)
             assert isinstance(ws.recv(), str)
-        ws.send(b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08\x00\x00\x00\x00\x00\x00\x00\x00\xc4\x05dtype\xa2|O"
-                b"\xc4\x05shape\x91\x01")  # an object array would be a pointer into the server's memory
+        ws.send(
+            b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08\x00\x00\x00\x00\x00\x00\x00\x00\xc4\x05dtype\xa2|O"
+            b"\xc4\x05shape\x91\x01"
+        )  # an object array would be a pointer into the server's memory
         assert "object" in ws.recv().lower()
         ws.socket.close()  # gone, without a word
     np.testing.assert_array_equal(connect().infer(good)["actions"], first)
 
 
-@pytest.mark.parametrize("arguments,why", [
-    ("--target server", "one checkpoint"), ("--target server --policies a b", "one checkpoint"),
-    ("--target nowhere --policies a", "--target"), ("--target server --policies a --task nothing", "push_cube")])
-def test_wrong_arguments_are_one_line(arguments, why, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments,why",
+    [
+        ("serve", "runs/rlco/best: no such checkpoint"),
+        ("serve --policy a b", "Unrecognized options: b"),
+        ("standin --target nowhere --policies a", "--target"),
+        ("standin --policies a --episodes 0", "--episodes"),
+        ("franka --policies a --trials 0", "--trials"),
+        ("serve --policy a --task nothing", "push_cube"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, why, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in eval_real.Args.policies:
-        (tmp_path / name).mkdir(parents=True)
-    with pytest.raises((ValueError, SystemExit), match=why):
-        eval_real.main(tyro.cli(eval_real.Args, args=arguments.split()))
+    with pytest.raises((UserError, SystemExit)) as error:
+        args = eval_real.parse(arguments.split())
+        eval_real.COMMANDS[type(args)](args)
+    assert why in str(error.value) + capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- ManiSkill's Sim2RealEnv
-def test_the_readmes_lines_for_maniskills_sim2realenv_run(checkpoint, tmp_path, monkeypatch):
+def test_the_docs_lines_for_maniskills_sim2realenv_run(checkpoint, tmp_path, monkeypatch):
     """With a scene of the stand-in behind `my_arm`: the policy sees what it shows and moves what is in it."""
-    code = (ROOT / "README.md").read_text().split("**ManiSkill's way.**")[1].split("```python")[1].split("```")[0]
+    code = (ROOT / "docs/extend.md").read_text().split("**ManiSkill's way.**")[1].split("```python")[1].split("```")[0]
     assert code.count("\n") < 50
     real, commands = envs.make("push_cube", envs.STANDIN), []
     real.reset(seed=[7])
@@ -175,8 +206,9 @@ def test_the_readmes_lines_for_maniskills_sim2realenv_run(checkpoint, tmp_path, 
         def command(self, qpos):
             commands.append(qpos)
             controller = real.agent.controller
-            controller.articulation.set_joint_drive_targets(torch.tensor(qpos)[None], controller.joints,
-                                                            controller.active_joint_indices)
+            controller.articulation.set_joint_drive_targets(
+                torch.tensor(qpos)[None], controller.joints, controller.active_joint_indices
+            )
             for _ in range(real.sim_freq // real.control_freq):
                 real.scene.step()
 
@@ -209,7 +241,7 @@ def test_the_readmes_lines_for_maniskills_sim2realenv_run(checkpoint, tmp_path, 
     monkeypatch.setattr("policy.load_policy", lambda name: spy)
     monkeypatch.setattr("builtins.input", lambda question: "")
     before = real.agent.robot.get_qpos().clone()
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "docs/extend.md", "exec"), {})
     assert len(commands) == 57 and commands[-1] == "stop" and len(spy.seen) == 14
     assert (real.agent.robot.get_qpos() - before).abs().max() > 0.02
     for image, state, truth in spy.seen:  # only the noise of the stand-in's camera is drawn anew for every picture
@@ -240,8 +272,10 @@ class Stream(http.server.ThreadingHTTPServer):
                             noisy = self.server.scene + rng.integers(-8, 9, self.server.scene.shape)
                             last = cv2.imencode(".jpg", noisy.clip(0, 255).astype(np.uint8))[1].tobytes()
                         if self.server.mode != "dropped":
-                            self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
-                                             % (len(last), last))
+                            self.wfile.write(
+                                b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
+                                % (len(last), last)
+                            )
                         time.sleep(1 / 30)
                 except OSError:
                     pass
@@ -263,21 +297,21 @@ def stream():
 @pytest.fixture
 def rig(stream):
     stream.mode = "live"
-    return eval_real.Rig(camera=stream.url, **PATIENT)
+    return robot.Rig(camera=stream.url, **PATIENT)
 
 
 def test_camera_crops_to_the_twins_view_and_knows_stale_from_frozen(rig, stream):
-    with contextlib.closing(eval_real.Camera(rig)) as camera:
+    with contextlib.closing(robot.Camera(rig)) as camera:
         picture = camera.read(64)
         side = 120 * np.tan(envs.TWIN.camera_fov / 2) / np.tan(rig.camera_fov / 2)  # of the square that is left of 120
         blue = picture[..., 2].astype(int) - picture[..., 0] > 60
-        assert picture.shape == (64, 64, 3) and abs(blue.sum() / 64**2 - (40 / side)**2) < 0.03 and blue[32, 32]
+        assert picture.shape == (64, 64, 3) and abs(blue.sum() / 64**2 - (40 / side) ** 2) < 0.03 and blue[32, 32]
         camera.check()
         for mode, why in (("frozen", "frozen"), ("dropped", "no new picture")):
             stream.mode = mode
-            wait_for(lambda: time.monotonic() - camera.changed > rig.max_image_age and (
-                mode == "frozen" or time.monotonic() - camera.arrived > rig.max_image_age))
-            with pytest.raises(eval_real.Stopped, match=why):
+            newest = "changed" if mode == "frozen" else "arrived"
+            wait_for(lambda newest=newest: time.monotonic() - getattr(camera, newest) > rig.max_image_age)
+            with pytest.raises(robot.Stopped, match=why):
                 camera.check()
             stream.mode = "live"
             wait_for(lambda: time.monotonic() - camera.changed < 0.2)
@@ -289,15 +323,15 @@ def test_camera_file_and_what_is_no_camera(tmp_path):
     for seed in range(10):
         video.write(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8))
     video.release()
-    with contextlib.closing(eval_real.Camera(eval_real.Rig(camera=str(tmp_path / "v.avi"), camera_fov=0.52))) as camera:
+    with contextlib.closing(robot.Camera(robot.Rig(camera=str(tmp_path / "v.avi"), camera_fov=0.52))) as camera:
         assert camera.read(64).shape == (64, 64, 3)
         wait_for(lambda: time.monotonic() - camera.arrived > 0.5)  # the file is over
-        with pytest.raises(eval_real.Stopped, match="no new picture"):
+        with pytest.raises(robot.Stopped, match="no new picture"):
             camera.check()
     (tmp_path / "empty.avi").write_bytes(b"")
     for source in ("empty.avi", "nowhere.mp4", "77"):
-        with pytest.raises(ValueError, match="camera"):
-            eval_real.Camera(eval_real.Rig(camera=str(tmp_path / source) if source != "77" else source))
+        with pytest.raises(UserError, match="camera"):
+            robot.Camera(robot.Rig(camera=str(tmp_path / source) if source != "77" else source))
 
 
 def wait_for(condition, seconds=60):
@@ -338,8 +372,19 @@ class Simulator:
         self.stop()
         with open(self.folder / "log", "w") as log:
             self.process = subprocess.Popen(
-                [self.python, "-m", "franka_sim.run_server", "--port", self.ip.split(":")[1], "--enforce-motion-limits",
-                 *flags], env={**ENVIRON, "FR3_MJCF": str(self.folder / "fr3.xml")}, stdout=log, stderr=log)
+                [
+                    self.python,
+                    "-m",
+                    "franka_sim.run_server",
+                    "--port",
+                    self.ip.split(":")[1],
+                    "--enforce-motion-limits",
+                    *flags,
+                ],
+                env={**ENVIRON, "FR3_MJCF": str(self.folder / "fr3.xml")},
+                stdout=log,
+                stderr=log,
+            )
         wait_for(lambda: "Server ready" in (self.folder / "log").read_text() and self.answers())
         return self
 
@@ -380,7 +425,7 @@ def arm(simulator, rig):
     if simulator.process.poll() is not None:
         simulator.start()
     rig.robot_ip = simulator.ip
-    with contextlib.closing(eval_real.Camera(rig)) as camera, eval_real.Franka(rig, camera) as arm:
+    with contextlib.closing(robot.Camera(rig)) as camera, robot.Franka(rig, camera) as arm:
         arm.go_to(START, -1.0)
         yield arm
 
@@ -420,9 +465,9 @@ def angle(a, b):
 def test_a_tilted_gripper_stops(arm):
     arm.start()
     run(arm, chunk(4, pitch=0.1, yaw=0.15))
-    with pytest.raises(eval_real.Stopped, match="tilted"):
+    with pytest.raises(robot.Stopped, match="tilted"):
         run(arm, chunk(4, pitch=0.1))
-    assert arm.arm is None and at_rest(arm.robot)
+    assert arm.control is None and at_rest(arm.robot)
 
 
 def at_rest(robot):
@@ -465,9 +510,9 @@ def test_targets_stay_in_the_box_and_above_the_floor(arm):
         assert arm.kept_inside >= 2 and abs(float(arm.position[0, axis]) - bound) < 1e-6
         assert abs(float(arm.tcp()[0, axis, 3]) - bound) < 0.006
     arm.box = torch.tensor(((0.3, -0.05, 0.25), (0.42, 0.05, 0.3)))  # as if somebody had pushed the arm out of it
-    with pytest.raises(eval_real.Stopped, match="outside the workspace"):
+    with pytest.raises(robot.Stopped, match="outside the workspace"):
         arm.step(chunk(1)[0])
-    assert arm.arm is None and at_rest(arm.robot)
+    assert arm.control is None and at_rest(arm.robot)
 
 
 def test_speed_acceleration_and_rotation_are_limited(arm):
@@ -477,7 +522,7 @@ def test_speed_acceleration_and_rotation_are_limited(arm):
 
     def sample():
         while not done.wait(0.005):
-            state = arm.arm.state()
+            state = arm.control.state()
             tcp = envs.panda_kinematics(torch.tensor(state.q, dtype=torch.float64).float()[None])[0][0].numpy()
             if not seen or state.time > seen[-1][0]:
                 seen.append((state.time, tcp[:3, 3], tcp[:3, :3]))
@@ -487,9 +532,13 @@ def test_speed_acceleration_and_rotation_are_limited(arm):
     for moves in (dict(x=0.049), dict(yaw=0.19)):  # 0.49 m/s, 1.9 rad/s
         run(arm, chunk(2, **moves))
         settle(arm)
-    done.set(), thread.join()
+    done.set()
+    thread.join()
     time_ = np.array([s[0] for s in seen])
-    at = lambda t: np.searchsorted(time_, t).clip(0, len(seen) - 1)
+
+    def at(t):
+        return np.searchsorted(time_, t).clip(0, len(seen) - 1)
+
     pairs = [(i, at(time_[i] + 0.05)) for i in range(len(seen)) if time_[i] + 0.05 < time_[-1]]
     speed = np.array([np.linalg.norm(seen[j][1] - seen[i][1]) / (time_[j] - time_[i]) for i, j in pairs])
     turning = np.array([np.radians(angle(seen[i][2], seen[j][2])) / (time_[j] - time_[i]) for i, j in pairs])
@@ -501,14 +550,28 @@ def test_speed_acceleration_and_rotation_are_limited(arm):
     assert abs(angle(seen[0][2], seen[-1][2]) - np.degrees(0.38)) < 1
 
 
-@pytest.mark.parametrize("bad", [dict(x=float("nan")), dict(gripper=float("nan")), dict(yaw=float("inf")), dict(z=1e9),
-                                 dict(x=0.051), dict(y=0.04, z=-0.04), dict(roll=0.21)], ids=str)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(x=float("nan")),
+        dict(gripper=float("nan")),
+        dict(yaw=float("inf")),
+        dict(z=1e9),
+        dict(x=0.051),
+        dict(y=0.04, z=-0.04),
+        dict(roll=0.21),
+    ],
+    ids=str,
+)
 def test_nan_and_huge_actions_move_nothing(arm, bad):
     arm.start()
     before = arm.tcp()[0, :3, 3]
-    with pytest.raises(eval_real.Stopped, match="refused"):
+    with pytest.raises(robot.Stopped, match="refused"):
         run(arm, torch.cat([chunk(3, x=0.03), chunk(1, **bad)]))  # the whole chunk, for its last action
-    assert arm.arm is None and at_rest(arm.robot)
+    arm.start()
+    with pytest.raises(robot.Stopped, match="refused"):
+        arm.step(chunk(1, **bad)[0])  # which nobody has checked
+    assert arm.control is None and at_rest(arm.robot)
     np.testing.assert_allclose(arm.tcp()[0, :3, 3], before, atol=5e-4)
 
 
@@ -517,9 +580,9 @@ def test_a_stale_picture_stops_the_arm_in_mid_chunk(arm, stream, mode, why):
     arm.start()
     run(arm, chunk(2, x=0.01))
     stream.mode = mode
-    with pytest.raises(eval_real.Stopped, match=why):
+    with pytest.raises(robot.Stopped, match=why):
         run(arm, chunk(200, y=0.001))
-    assert arm.arm is None and at_rest(arm.robot) and arm.robot.read_once().robot_mode == "idle"
+    assert arm.control is None and at_rest(arm.robot) and arm.robot.read_once().robot_mode == "idle"
 
 
 def test_a_lost_connection_stops_in_mid_chunk(arm, simulator):
@@ -527,11 +590,11 @@ def test_a_lost_connection_stops_in_mid_chunk(arm, simulator):
     run(arm, chunk(2, x=0.02))
     simulator.process.send_signal(signal.SIGSTOP)  # as if the cable were out: nothing comes, nothing arrives
     try:
-        with pytest.raises(ConnectionError, match="silent|lost"):
+        with pytest.raises(robot.Disconnected, match="silent|lost"):
             run(arm, chunk(200, y=0.001))
     finally:
         simulator.process.send_signal(signal.SIGCONT)
-    assert arm.arm is None
+    assert arm.control is None
     arm.robot = None  # hang up
     wait_for(lambda: at_rest(franka.Robot(simulator.ip)))
 
@@ -541,8 +604,15 @@ class Operator:
 
     def __init__(self, folder, *arguments):
         self.keys, terminal = pty.openpty()
-        self.process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=folder, env=ENVIRON, text=True,
-                                        stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=folder,
+            env=ENVIRON,
+            text=True,
+            stdin=terminal,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         os.close(terminal)
         self.said, self.read = "", 0
         self.listener = threading.Thread(target=self._listen, daemon=True)
@@ -554,23 +624,29 @@ class Operator:
 
     def hear(self, *words):
         """Wait for the first of some words, beyond what was heard before."""
+
         def heard():
-            return [w for w in words if w in self.said[self.read:]]
+            return [w for w in words if w in self.said[self.read :]]
+
         end = time.monotonic() + 60
         while not heard():  # the listener ends with the process
-            assert time.monotonic() < end and self.listener.is_alive(), f"{words} is not in: {self.said[self.read:]}"
+            assert time.monotonic() < end and self.listener.is_alive(), f"{words} is not in: {self.said[self.read :]}"
             time.sleep(0.02)
-        word = min(heard(), key=self.said[self.read:].index)
-        self.read += self.said[self.read:].index(word) + len(word)
+        word = min(heard(), key=self.said[self.read :].index)
+        self.read += self.said[self.read :].index(word) + len(word)
         return word
 
     def press(self, key):
         os.write(self.keys, key.encode())
 
+    def answer(self, words, key):
+        self.hear(words)
+        self.press(key)
+
     def trial(self, key):
         """A trial that is ended with a key while the arm moves."""
-        self.hear("keep clear"), self.press("\n")
-        self.hear("it starts"), self.press("\n")
+        self.answer("keep clear", "\n")
+        self.answer("it starts", "\n")
         time.sleep(0.7)
         if key:
             self.press(key)
@@ -607,8 +683,10 @@ class Here(Operator):
                 main(args)
         finally:
             os.dup2(stdin, 0)
-            [os.close(fd) for fd in (keys, self.keys, stdin)]
-            [signal.signal(*handler) for handler in handlers.items()]
+            for descriptor in (keys, self.keys, stdin):
+                os.close(descriptor)
+            for handler in handlers.items():
+                signal.signal(*handler)
             if self.error:
                 raise self.error
         return self
@@ -616,14 +694,15 @@ class Here(Operator):
 
 def franka_args(folder, checkpoint, simulator, stream, **more):
     stream.mode = "live"
-    return eval_real.Args(target="franka", policies=(str(checkpoint),), trials=5, out=folder / "runs",
-                          rig=eval_real.Rig(robot_ip=simulator.ip, camera=stream.url, **PATIENT), **more)
+    rig = robot.Rig(robot_ip=simulator.ip, camera=stream.url, **PATIENT)
+    return eval_real.FrankaArgs(policies=(str(checkpoint),), trials=5, out=folder / "runs", rig=rig, **more)
 
 
 def franka_evaluation(folder, checkpoint, simulator, stream):
-    return Operator(folder, ROOT / "eval_real.py", "--target", "franka", "--policies", checkpoint, "--trials", "5",
-                    "--robot-ip", simulator.ip, "--camera", stream.url, "--out", "runs", "--max-image-age",
-                    PATIENT["max_image_age"], "--max-silence", PATIENT["max_silence"])
+    arm = ["--robot-ip", simulator.ip, "--camera", stream.url]
+    patience = [word for key, value in PATIENT.items() for word in (f"--{key.replace('_', '-')}", value)]
+    what = ["--policies", checkpoint, "--trials", 5, "--out", "runs"]
+    return Operator(folder, ROOT / "eval_real.py", "franka", *what, *arm, *patience)
 
 
 def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, tmp_path):
@@ -640,16 +719,23 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     assert json.loads(path.read_text()) == first
 
     def go_on(operator):
-        operator.hear("2 trials are done, 3 to go"), operator.hear("trial 3 of 5")
-        operator.trial("y"), operator.trial("n"), operator.trial("y")
+        operator.hear("2 trials are done, 3 to go")
+        operator.hear("trial 3 of 5")
+        for key in "yny":
+            operator.trial(key)
 
     args = franka_args(tmp_path, checkpoint, simulator, stream)
-    operator = Here(go_on).run(eval_real.main, args)
+    operator = Here(go_on).run(eval_real.franka, args)
     result = json.loads(path.read_text())
     assert result["trials"][:2] == first["trials"] and len(result["void"]) == 1
     assert [(t["seed"] - envs.SEEDS["evaluation"], t["success"]) for t in result["trials"]] == [
-        (0, True), (1, False), (2, True), (3, False), (4, True)]
-    row, = result["results"]
+        (0, True),
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+    ]
+    (row,) = result["results"]
     assert (row["domain"], row["episodes"], row["successes"]) == ("franka", 5, 3)
     assert row["wilson"] == pytest.approx(eval_real.wilson(3, 5)) and "60 % [23, 88] of 5" in operator.said
     videos = list((tmp_path / "runs/videos").iterdir())
@@ -658,12 +744,13 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
     args.rig.robot_ip = args.rig.camera = "nowhere"
     saved = path.read_text()
     path.write_text(saved.replace(load_policy(checkpoint).sha256(), "another"))
-    with pytest.raises(ValueError, match="not the checkpoint of the trials"):
-        eval_real.main(args)
+    with pytest.raises(UserError, match="not the checkpoint of the trials"):
+        eval_real.franka(args)
     path.write_text(saved)
-    with pytest.raises(ValueError, match="an evaluation of push_cube"):
-        eval_real.main(dataclasses.replace(args, variation="positions"))
-    assert "60 % [23, 88] of 5" in Here(lambda operator: None).run(eval_real.main, args).said  # all done: no arm needed
+    with pytest.raises(UserError, match="an evaluation of push_cube"):
+        eval_real.franka(dataclasses.replace(args, variation="positions"))
+    operator = Here(lambda operator: None).run(eval_real.franka, args)  # all done: no arm needed
+    assert "60 % [23, 88] of 5" in operator.said
 
 
 def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, checkpoint, tmp_path):
@@ -671,7 +758,7 @@ def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, 
     simulator.start("--enforce-comm-constraints")
     operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
     for consent in "yn":
-        operator.hear("keep clear"), operator.press("\n")
+        operator.answer("keep clear", "\n")
         if operator.hear("it starts", "does not count") == "it starts":
             operator.press("\n")
             time.sleep(0.7)
@@ -679,7 +766,8 @@ def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, 
             time.sleep(0.2)
             operator.process.send_signal(signal.SIGCONT)
             operator.hear("does not count")
-        operator.hear("communication_constraints_violation"), operator.hear("y: recover"), operator.press(consent)
+        operator.hear("communication_constraints_violation")
+        operator.answer("y: recover", consent)
     operator.hear("left in its reflex")
     assert operator.process.wait(60) == 1 and "Traceback" not in operator.said
     assert not json.loads((tmp_path / "runs/franka.json").read_text())["trials"]
@@ -692,7 +780,7 @@ def test_ctrl_c_brings_the_arm_to_rest(simulator, stream, checkpoint, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        Here(interrupt).run(eval_real.main, franka_args(tmp_path, checkpoint, simulator, stream))
+        Here(interrupt).run(eval_real.franka, franka_args(tmp_path, checkpoint, simulator, stream))
     robot = franka.Robot(simulator.ip)
     assert at_rest(robot) and robot.read_once().robot_mode == "idle"
 
@@ -700,23 +788,24 @@ def test_ctrl_c_brings_the_arm_to_rest(simulator, stream, checkpoint, tmp_path):
 def test_dry_run_moves_nothing(simulator, stream, checkpoint, tmp_path):
     before = franka.Robot(simulator.ip).read_once().q
     args = franka_args(tmp_path, checkpoint, simulator, stream, dry_run=True)
-    operator = Here(lambda operator: None).run(eval_real.main, args)
+    operator = Here(lambda operator: None).run(eval_real.franka, args)
     assert operator.said.count("target ") == load_policy(checkpoint).chunk, operator.said
     np.testing.assert_allclose(franka.Robot(simulator.ip).read_once().q, before, atol=1e-4)
     assert not (tmp_path / "runs/franka.json").exists()
 
 
 def test_recorded_demonstrations_are_a_dataset_that_replays(simulator, stream, checkpoint, tmp_path):
-    rig = eval_real.Rig(robot_ip=simulator.ip, camera=stream.url, **PATIENT)
-    args = data.RecordArgs(rig=rig, out=tmp_path / "real", episodes=2, held_out=True)
+    rig = robot.Rig(robot_ip=simulator.ip, camera=stream.url, **PATIENT)
+    args = robot.RecordArgs(rig=rig, out=tmp_path / "real", episodes=2, held_out=True)
     stream.mode = "live"
 
     def demonstrate(operator, moves, end):
-        operator.hear("keep clear"), operator.press("\n")
-        operator.hear("it starts"), operator.press("\n")
+        operator.answer("keep clear", "\n")
+        operator.answer("it starts", "\n")
         operator.hear("Enter: done")
         for key in moves:
-            operator.press(key), time.sleep(0.15)
+            operator.press(key)
+            time.sleep(0.15)
         operator.press(end)
         operator.hear("kept" if end == "\n" else "dropped")
 
@@ -727,15 +816,15 @@ def test_recorded_demonstrations_are_a_dataset_that_replays(simulator, stream, c
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        Here(leave).run(data.record, args)
+        Here(leave).run(robot.record, args)
     assert not args.out.exists()
-    Here(lambda operator: demonstrate(operator, "aaa wr", "\n")).run(data.record, args)  # goes on with the second
+    Here(lambda operator: demonstrate(operator, "aaa wr", "\n")).run(robot.record, args)  # goes on with the second
     real = data.load_dataset(args.out)
     assert len(real.bounds) == 3 and real.fps == envs.CONTROL_HZ and real.image_shape == (64, 64, 3)
     assert set(real.prompt) == {envs.TASKS["push_cube"].instruction} and not args.out.with_name("real.parts").exists()
     seeds = pq.read_table(next((args.out / "meta/episodes").rglob("*.parquet")))["seed"].to_pylist()
     assert seeds == [envs.SEEDS["real_val"], envs.SEEDS["real_val"] + 1]  # others than those for training
-    first, second = (slice(*real.bounds[i:i + 2]) for i in range(2))
+    first, second = (slice(*real.bounds[i : i + 2]) for i in range(2))
     np.testing.assert_allclose(real.action[first].sum(0)[:6], [0.04, 0, -0.02, 0, 0, 0.05], atol=1e-6)
     np.testing.assert_allclose(real.action[second].sum(0)[:6], [0.01, 0.03, 0.01, 0, 0, 0], atol=1e-6)
     assert real.action[second][0, 6] == -1 and real.action[second][-1, 6] == 1  # space has opened the hand
@@ -753,17 +842,18 @@ def test_align_shows_the_cameras_picture_over_the_twins(stream, tmp_path):
         operator.press("\n")
 
     stream.mode = "live"
-    args = eval_real.Args(target="align", out=tmp_path, rig=eval_real.Rig(camera=stream.url, camera_fov=0.52))
-    Here(look).run(eval_real.main, args)
+    args = eval_real.AlignArgs(out=tmp_path, rig=robot.Rig(camera=stream.url, camera_fov=0.52))
+    Here(look).run(eval_real.align, args)
     camera, both, twin = np.split(cv2.imread(str(tmp_path / "overlay.png")).astype(int), 3, axis=1)
     np.testing.assert_allclose(both, (camera + twin) / 2, atol=1.01)
     blue = camera[..., 0] - camera[..., 2] > 60  # what is in the middle of the camera's 160 x 120 is in the middle here
-    assert abs(blue.mean() - (40 / 120)**2) < 0.02 and twin.std() > 20
+    assert abs(blue.mean() - (40 / 120) ** 2) < 0.02 and twin.std() > 20
 
 
 def test_help_of_recording(tmp_path):
-    output = subprocess.run([sys.executable, ROOT / "data.py", "record", "--help"], env=ENVIRON, capture_output=True,
-                            text=True)
+    output = subprocess.run(
+        [sys.executable, ROOT / "data.py", "record", "--help"], env=ENVIRON, capture_output=True, text=True
+    )
     assert output.returncode == 0 and "--robot-ip" in output.stdout and "--workspace" in output.stdout, output.stderr
 
 
@@ -775,7 +865,7 @@ def test_a_guided_motion_becomes_the_actions_that_repeat_it():
     for _ in range(10):
         q = q + 0.05 * torch.randn(1, 7, generator=rng)
         later = envs.panda_kinematics(q)[0]
-        action = torch.cat([data.motion_between(tcp, later), torch.zeros(1)])[None]
+        action = torch.cat([robot.motion_between(tcp, later), torch.zeros(1)])[None]
         position, rotation = envs.move_target(position, rotation, action, torch.tensor([[-9.0] * 3, [9.0] * 3]))
         tcp = later
     np.testing.assert_allclose(position, tcp[:, :3, 3], atol=1e-5)

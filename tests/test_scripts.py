@@ -38,7 +38,7 @@ def run(folder, *command, ok=True):
 def folder(tmp_path_factory):
     """A user's folder after data.py, both stages and the evaluation."""
     folder = tmp_path_factory.mktemp("user")
-    run(folder, *"data.py --num-twin 3 --num-real 2 --num-val 1 --workers 1".split())
+    run(folder, *"data.py collect --num-twin 3 --num-real 2 --num-val 1 --workers 1".split())
     data = "--real demos/push_cube-standin --real-val demos/push_cube-standin-val".split()
     run(folder, *STAGE_1, "--sim", "demos/push_cube-twin", *data)
     run(folder, *STAGE_2, "--iterations", "2")
@@ -165,7 +165,7 @@ def test_the_critic_warms_up_alone(stage_2, policy):
     assert {k for k in after if not torch.equal(before[k], after[k])} == {k for k in after if k.startswith("value_head")}
 
 
-@pytest.mark.parametrize("policy, train", [("tiny-pi05", "expert"), ("tiny-openvla", "expert"), ("tiny-openvla", "lora")])
+@pytest.mark.parametrize("policy, train", [("tiny-pi05", "expert"), ("tiny-openvla", "llm"), ("tiny-openvla", "lora")])
 def test_a_resumed_stage_2_ends_where_an_uninterrupted_one_does(stage_2, policy, train):
     """Bit for bit, where no simulator remembers earlier episodes; what is frozen stays as it was."""
     before, straight, _ = stage_2(policy, "straight", train=train, iterations=2)

@@ -1,0 +1,508 @@
+"""Files: written whole or not at all, errors that are the user's to mend, the state of a run, and checkpoint folders.
+
+This is the lowest room: it knows files and the names in them, no model. A checkpoint folder is settings (`read_config`,
+in the form of policy.PRESETS), statistics (`read_stats`), tensors under our names (`read_tensors`) and a tokenizer, in
+our own layout or in openpi's, lerobot's, OpenVLA's or RLinf's; `write_checkpoint` is the way back.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """What is the user's to mend: one line that says what is wrong and what to do."""
+
+
+def one_line_errors(debug: bool = False) -> None:
+    """Let this process end with one line at a UserError or Ctrl-C. For scripts: any other error, and with `debug` also
+    a UserError, shows its traceback. Python exits with 1 after an uncaught error."""
+
+    def report(kind, error, traceback):
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted; the same command goes on", file=sys.stderr)
+            return
+        if debug or not issubclass(kind, UserError):
+            sys.__excepthook__(kind, error, traceback)
+        if issubclass(kind, UserError):
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+
+    sys.excepthook = report
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A file that is written whole or not at all: gives a temporary path beside `path` with its suffix, which takes
+    `path`'s place when the block succeeds and is deleted when it fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Hidden, so that nothing here reads what a killed process left; the process's number, as two may write one file.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, content) -> None:
+    """Write tensors by name (.safetensors), what torch saves (.pt), bytes, or else JSON."""
+    path = Path(path)
+    with whole_file(path) as temporary:
+        if path.suffix == ".safetensors":
+            save_file({k: v.contiguous() for k, v in content.items()}, temporary, {"format": "pt"})
+        elif path.suffix == ".pt":
+            torch.save(content, temporary)
+        elif isinstance(content, bytes):
+            temporary.write_bytes(content)
+        else:
+            temporary.write_text(json.dumps(content, indent=1))
+
+
+def read_file(path: str | Path) -> Any:
+    """Tensors by name (.safetensors), what torch saved (.pt, onto the CPU), a tokenizer (tokenizer.json) or a JSON
+    object (.json). UserError, which names the file, if it is missing or damaged."""
+    path = Path(path)
+    try:
+        if path.name == "tokenizer.json":
+            return Tokenizer.from_file(str(path))
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object")
+            return content
+        if path.suffix == ".pt":
+            return torch.load(path, "cpu", mmap=True, weights_only=True)
+        return load_file(path)
+    except Exception as error:  # the libraries raise nothing narrower
+        raise UserError(f"{path} is unreadable ({error}): copy or save it again") from error
+
+
+# ---- the state of a run -----------------------------------------------------------------------------------------
+
+
+def run_settings(args) -> dict:
+    """The dataclass of a script's arguments as JSON holds it: a path becomes text."""
+    return json.loads(json.dumps(dataclasses.asdict(args), default=str))
+
+
+def save_run(folder: Path, settings: dict, **state) -> None:
+    """Write folder/trainer.pt: `settings`, `state` (what torch saves) and the state of torch's random numbers."""
+    rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]
+    write_file(folder / "trainer.pt", dict(args=settings, **state, rng=rng))
+
+
+def resume_run(folder: Path, settings: dict, free: set[str]) -> dict | None:
+    """What `save_run` wrote, or None where no run was begun. UserError if that run had other settings than these; those
+    named in `free` may differ. The random numbers stay as they are: call `restore_rng` last."""
+    if not (folder / "trainer.pt").exists():
+        return None
+    state = read_file(folder / "trainer.pt")
+    changed = {k for k, v in settings.items() if state["args"].get(k) != v} - free
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with another {', '.join(sorted(changed))}: give another --out, or delete that folder"
+        )
+    return state
+
+
+def restore_rng(state: dict) -> None:
+    """Go on with the random numbers of a saved run."""
+    cpu, *cuda = state["rng"]
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda)
+
+
+# ---- reading a checkpoint folder --------------------------------------------------------------------------------
+
+HEADS = ("value_head.", "noise_head.")  # what RL adds to a published model; float32, in a file of their own
+PALIGEMMA = "paligemma_with_expert.paligemma."
+LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
+EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
+LAYOUTS = {"pi05": ("openpi", "lerobot"), "openvla": ("openvla",)}  # of other projects, by family
+TOKENIZERS = {"pi05": "google/paligemma-3b-pt-224", "openvla": "openvla/openvla-7b"}  # on the Hub
+
+# Patterns of others' tensor names, and what of ours to put in their place.
+RENAMES: tuple[tuple[str, str | Callable], ...] = (
+    (r"^model\.(?=paligemma_with_expert|action_|time_mlp)", ""),  # lerobot
+    (r"^value_head\.mlp\.", "value_head."),  # RLinf
+    (r"^value_head\.head_l(\d)", lambda match: f"value_head.{2 * int(match[1]) - 2}"),  # RL4VLA
+    (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1", lambda match: f"noise_head.{2 * int(match[1])}"),  # RLinf
+)
+OPENPI_STATS = {"observation.state": "state", "action": "actions"}  # our name of a statistic, and theirs
+OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+LEROBOT_CONFIG = {  # their name of a setting, and ours
+    "chunk_size": "action_horizon",
+    "n_action_steps": "chunk",
+    "num_inference_steps": "num_steps",
+    "tokenizer_max_length": "max_token_len",
+    "max_action_dim": "action_dim",
+}
+OPENVLA_CONFIG = {  # what their code needs beside the settings
+    "architectures": ["OpenVLAForActionPrediction"],
+    "model_type": "openvla",
+    "n_action_bins": 256,
+    "arch_specifier": "no-align+fused-gelu-mlp",
+    "output_projector_states": False,
+    "llm_max_length": 2048,
+    "auto_map": {
+        "AutoConfig": "configuration_prismatic.OpenVLAConfig",
+        "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
+    },
+    "vision_backbone_id": "dinosiglip-vit-so-224px",
+    "llm_backbone_id": "llama2-7b-pure",
+    "use_fused_vision_backbone": True,
+    "image_resize_strategy": "resize-naive",
+}
+
+
+def find_folder(name: str | Path, presets: dict) -> Path:
+    """The folder `name`, or else that of the Hub's model of this name, downloaded. UserError if neither is there."""
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors*", "*.json", "*.py", "*.model"]))
+    except Exception as error:  # no network, no such model, no right to it, no valid name: no common class
+        raise UserError(
+            f"{name} is no preset ({', '.join(presets)}) and no folder, and the Hub gives no such model "
+            f"({type(error).__name__})"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold weights; none if it is no checkpoint."""
+    files = [file for file in sorted(folder.glob("[!.]*.safetensors")) if "processor" not in file.name]
+    steps = sorted(folder.glob("**/full_weights.pt"))  # of RLinf's trainer
+    if not files and len(steps) > 1:
+        raise UserError(f"{folder} has {len(steps)} checkpoints: name the folder of one, such as {steps[-1].parent}")
+    return files or steps
+
+
+def sha256(folder: Path | None) -> str:
+    """Of the weights in a folder (of nothing without one)."""
+    total = hashlib.sha256()
+    for path in weight_files(folder) if folder else ():
+        with open(path, "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a folder, mapped from disk, under our names."""
+    tensors = {}
+    for file in weight_files(folder):
+        tensors |= read_file(file)
+    if not tensors:
+        raise UserError(f"{folder} has no *.safetensors file: it is no checkpoint")
+    for pattern, ours in RENAMES:
+        tensors = {re.sub(pattern, ours, name): tensor for name, tensor in tensors.items()}
+    # RLinf keeps the bounds of the noise as tensors; ours are the setting noise_std
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("noise_head.logvar_")}
+
+
+def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
+    """Settings in the form of `presets` from any layout's config. The names of the tensors tell the family; what the
+    files do not say is as in the published model's preset."""
+    files = [file for file in (folder / "rlco.json", folder / "config.json") if file.is_file()]
+    raw = read_file(files[0]) if files else {}
+    value_head = sorted(name for name in tensors if re.fullmatch(r"value_head\.\d\.weight", name))
+    if not files and (folder / "heads.safetensors").is_file():
+        raise UserError(f"{folder} has lost its config.json: copy it again")
+    if "value_hidden" in raw and not value_head:  # only our own say value_hidden
+        raise UserError(f"{folder} has lost its heads.safetensors: copy it again")
+
+    words = tensors.get(EMBED, tensors.get(LM_HEAD))
+    if words is not None:
+        published = presets["pi05"]
+        extra = ("min_period", "max_period")
+        raw |= {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
+        raw["vlm"] = {**raw.get("vlm", published["vlm"]), "vocab_size": len(words)}
+    elif "projector.fc1.weight" in tensors:
+        published = presets["openvla-7b"]
+        extra = ("norm_stats", "unnorm_key")
+        statistics = folder / "dataset_statistics.json"
+        if statistics.is_file():  # of its fine-tuning: OpenVLA's code, too, prefers them to config.json's
+            raw["norm_stats"] = read_file(statistics)
+        text = raw.get("text_config")
+        if text and "llm" not in raw:
+            theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
+            raw["llm"] = {**published["llm"], **text, "rope_theta": theta}
+            raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
+        known = (*published["llm"], "attention_bias", "mlp_bias", "head_dim", "hidden_act")
+        raw["llm"] = {key: value for key, value in raw.get("llm", published["llm"]).items() if key in known}
+    else:
+        raise UserError(
+            f"the *.safetensors in {folder} are neither pi0.5's (no {LM_HEAD}) nor OpenVLA's (no "
+            "projector.fc1.weight): is model.safetensors missing?"
+        )
+    config = {**published, **{key: value for key, value in raw.items() if key in (*published, *extra)}}
+    config["type"] = published["type"]
+    if value_head:
+        config["value_hidden"] = [len(tensors[name]) for name in value_head[:-1]]
+    config["chunk"] = min(config["chunk"], config["action_horizon"])
+    return config
+
+
+def read_stats(folder: Path, config: dict) -> dict:
+    """Statistics in LeRobot's form ({"action": {"q01": [...], ...}, ...}) from whichever file the layout keeps them in.
+    Where there are several sets, the setting unnorm_key chooses; it goes before our own file, too."""
+    key = config.get("unnorm_key")
+    stats = {}
+    for file in sorted(folder.glob("policy_preprocessor*.safetensors")):  # lerobot
+        for name, value in read_file(file).items():
+            feature, _, kind = name.rpartition(".")
+            stats.setdefault(feature, {})[kind] = value.flatten().tolist()
+    norm_stats = config.get("norm_stats") or {}  # OpenVLA, whose state is in no prompt
+    sets = {name: {"action": theirs["action"]} for name, theirs in norm_stats.items() if "action" in theirs}
+    for file in sorted(folder.glob("**/norm_stats.json")):  # openpi, RLinf
+        content = read_file(file).get("norm_stats", {})
+        sets[file.parent.name] = {ours: content[theirs] for ours, theirs in OPENPI_STATS.items() if theirs in content}
+    own = folder / "stats.json"
+    if own.is_file():
+        stats = read_file(own)
+    elif len(sets) == 1:
+        key = next(iter(sets))
+    if not key:
+        return stats
+    if key not in sets:
+        raise UserError(f"{folder} has no statistics {key}; unnorm_key can be {', '.join(sorted(sets))}")
+    return stats | sets[key]
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The folder's own tokenizer, if it has one."""
+    file = folder / "tokenizer.json"
+    return read_file(file) if file.is_file() else None
+
+
+def published_tokenizer(folder: Path | None, config: dict) -> Tokenizer:
+    """The tokenizer of the published model of this family, for a checkpoint without one. UserError if there is no
+    network, or it has more words than the checkpoint."""
+    name = TOKENIZERS[config["type"]]
+    words = (config.get("vlm") or config["llm"])["vocab_size"]
+    try:
+        tokenizer = Tokenizer.from_pretrained(name)
+        size = tokenizer.get_vocab_size()
+        problem = f"it has {size} words, the checkpoint {words}" if size > words + 64 else None
+    except Exception as error:  # no network, no right to it: the library raises nothing narrower
+        problem = error
+    if problem:  # PaliGemma's has a few words without a row in the table, hence 64
+        raise UserError(
+            f"no tokenizer.json in {folder}, and {name}'s does not do ({problem}): copy the model's own tokenizer.json "
+            "into the folder"
+        )
+    return tokenizer
+
+
+def match_tensors(folder: Path, tensors: dict, wanted: dict) -> dict[str, torch.Tensor]:
+    """A folder's tensors with exactly the names and shapes of a model's state_dict `wanted`. Only heads may be missing:
+    published checkpoints have none. UserError names every key that does not fit."""
+    for name in wanted:  # a layer with LoRA is saved under the name that it has without
+        plain = name.replace(".base_layer.", ".")
+        if plain != name and plain in tensors:
+            tensors[name] = tensors.pop(plain)
+    if LM_HEAD in wanted:  # a file may have the tied tensor once, under either name
+        tensors = {LM_HEAD: tensors.get(EMBED), EMBED: tensors.get(LM_HEAD), **tensors}
+    problems = {
+        "missing": [name for name in wanted if name not in tensors and not name.startswith(HEADS)],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in tensors and tensors[name].shape != tensor.shape
+        ],
+    }
+    found = [f"{len(names)} {problem}: {by_layer(names)}" for problem, names in problems.items() if names]
+    if found:
+        raise UserError(f"{folder} does not fit its configuration: {'; '.join(found)}")
+    return tensors
+
+
+def by_layer(names: list[str]) -> str:
+    """All names, in a readable few: those that differ in a layer's number alone are one, layers.{3..29}.mlp.weight."""
+    layers: dict[tuple[str, str], list[str]] = {}  # what is before and after the number: the numbers
+    for name in names:
+        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
+        before, number, after = match.groups() if match else (name, "", "")
+        layers.setdefault((before, after), []).append(number)
+
+    def short(numbers):
+        if len(numbers) == 1:
+            return numbers[0]
+        if len(numbers) > 2 and int(numbers[-1]) - int(numbers[0]) == len(numbers) - 1:
+            return f"{{{numbers[0]}..{numbers[-1]}}}"
+        return f"{{{','.join(numbers)}}}"
+
+    return ", ".join(before + short(numbers) + after for (before, after), numbers in layers.items())
+
+
+# ---- writing one ------------------------------------------------------------------------------------------------
+
+SHARD_SIZE = {"openvla": "5GB"}  # by layout; whoever reads the others' reads one file
+
+
+def write_checkpoint(
+    folder: Path,
+    layout: str | None,
+    config: dict,
+    stats: dict,
+    state: dict,
+    tokenizer: Tokenizer | None,
+    source: Path | None,
+) -> None:
+    """Write settings, statistics, a state_dict and the tokenizer, each file whole or not at all; see `Policy.save`. The
+    processor, tokenizer and code files of `source`, the folder that the policy came from, go along."""
+    if source:
+        copy_companions(source, folder)
+    (folder / "rlco.json").unlink(missing_ok=True)  # lerobot's layout alone has it
+    heads = {name: tensor for name, tensor in state.items() if name.startswith(HEADS) or "lora_" in name}
+    tensors = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if name not in heads}
+    tensors, config = export(folder, layout, config, stats, tensors)
+
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    size = SHARD_SIZE.get(layout, "1TB")
+    pattern = "model{suffix}.safetensors"
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=size, filename_pattern=pattern)
+    for file, names in plan.filename_to_tensors.items():
+        write_file(folder / file, {name: tensors[name] for name in names})
+    for file in folder.glob("model*.safetensors*"):
+        if file.name not in plan.filename_to_tensors:
+            file.unlink()  # of another number of shards
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_file(folder / "model.safetensors.index.json", index)
+    copied = source and (source / "tokenizer.json").is_file()  # older libraries cannot read one written anew
+    if tokenizer is not None and not copied:
+        write_file(folder / "tokenizer.json", tokenizer.to_str().encode())
+    write_file(folder / "heads.safetensors", heads)
+    write_file(folder / "stats.json", stats)
+    write_file(folder / "config.json", config)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the small files of a checkpoint beside its weights, except what was saved into a folder of it before."""
+    source = source.resolve()
+    target = folder.resolve()
+    if source == target:
+        return
+    for file in sorted(source.rglob("[!.]*")):
+        own = file.is_relative_to(target) and not source.is_relative_to(target)
+        small = file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith(".index.json")
+        if small and not own:
+            write_file(folder / file.relative_to(source), file.read_bytes())
+
+
+def export(folder: Path, layout: str | None, config: dict, stats: dict, tensors: dict) -> tuple[dict, dict]:
+    """Tensors and config.json as others' code wants them; writes the statistics where it looks for them."""
+    if layout:  # value_hidden promises our heads, which others' code drops
+        config = {key: value for key, value in config.items() if key != "value_hidden"}
+    if config["type"] == "openvla":
+        return tensors, export_openvla(folder, config, stats)
+    tied = tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr()
+    if layout == "lerobot":
+        write_file(folder / "rlco.json", config)
+        if tied:
+            tensors = {**tensors, LM_HEAD: tensors[LM_HEAD].clone()}
+        return {f"model.{name}": tensor for name, tensor in tensors.items()}, export_lerobot(folder, config, stats)
+    if tied:  # openpi's loader wants a tied tensor once, under the other name
+        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBED}
+    kinds = ("mean", "std", "q01", "q99")
+    theirs = {
+        name: {kind: stats[ours][kind] for kind in kinds if kind in stats[ours]}
+        for ours, name in OPENPI_STATS.items()
+        if ours in stats
+    }
+    for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
+        write_file(file, {"norm_stats": theirs})
+    return tensors, {**OPENPI_CONFIG, **config}
+
+
+def export_openvla(folder: Path, config: dict, stats: dict) -> dict:
+    """OpenVLA's config.json, which holds the statistics of every dataset; ours replace the set that was chosen."""
+    sets = dict(config.get("norm_stats") or {})
+    key = config.get("unnorm_key") or "rlco"
+    if "action" in stats:
+        sets[key] = {**sets.get(key, {}), "action": stats["action"]}
+    statistics = folder / "dataset_statistics.json"
+    if statistics.is_file():  # goes before config.json's
+        write_file(statistics, sets)
+    return {
+        **OPENVLA_CONFIG,
+        **config,
+        "norm_stats": sets,
+        "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
+        "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"],
+    }
+
+
+def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
+    """Write lerobot's two processor pipelines, which hold the statistics -> its config.json."""
+    stats = {feature: kinds for feature, kinds in stats.items() if feature in OPENPI_STATS}
+    size = config["vision"]["image_size"]
+    inputs = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, size, size]}}
+    outputs = {"action": {"type": "ACTION", "shape": [config["action_dim"]]}}
+    if "observation.state" in stats:
+        inputs["observation.state"] = {"type": "STATE", "shape": [len(stats["observation.state"]["q01"])]}
+    if "action" in stats:
+        outputs["action"]["shape"] = [len(stats["action"]["q01"])]
+    modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+    text = {
+        "max_length": config["max_token_len"],
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
+        "tokenizer_name": TOKENIZERS["pi05"],
+    }
+    device = ("device_processor", {"device": "cpu", "float_dtype": None})
+    pipelines = {
+        "policy_preprocessor": [
+            ("rename_observations_processor", {"rename_map": {}}),
+            ("to_batch_processor", {}),
+            ("normalizer_processor", {"features": {**inputs, **outputs}, "norm_map": modes}),
+            ("pi05_prepare_state_tokenizer_processor_step", {}),
+            ("tokenizer_processor", text),
+            device,
+        ],
+        "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": modes}), device],
+    }
+    flat = {
+        f"{feature}.{kind}": torch.tensor(value, dtype=torch.float32)
+        for feature, kinds in stats.items()
+        for kind, value in kinds.items()
+    }
+    for name, steps in pipelines.items():
+        entries = [{"registry_name": step, "config": settings} for step, settings in steps]
+        for i, entry in enumerate(entries):
+            if "normalizer" in entry["registry_name"] and flat:
+                entry["state_file"] = f"{name}_step_{i}_{entry['registry_name']}.safetensors"
+                write_file(folder / entry["state_file"], flat)
+        write_file(folder / f"{name}.json", {"name": name, "steps": entries})
+    return {
+        "type": "pi05",
+        **OPENPI_CONFIG,
+        **{theirs: config[ours] for theirs, ours in LEROBOT_CONFIG.items()},
+        "image_resolution": [size, size],
+        "normalization_mapping": modes,
+        "input_features": inputs,
+        "output_features": outputs,
+    }

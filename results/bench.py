@@ -1,0 +1,190 @@
+"""How fast it is, beside what else there is to use.
+
+python -m results.bench env       # control steps per second beside stock ManiSkill
+python -m results.bench update    # pi0.5's PPO update beside the public code's way of computing it
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+
+from data import worker_pool
+from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, VecEnv
+from policy import PRESETS, Pi05, load_policy
+
+
+@dataclass
+class Env:
+    """Control steps per second: stock ManiSkill (PushCube-v1, a picture every step), the twins, and the twins with the
+    default policy exploring."""
+
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Tasks of envs.py."""
+    chunk: int = 8
+    """Control steps between two pictures. The policy is also measured with its own chunk, which is shorter."""
+    num_envs: int = 32
+    """Worlds, spread over the processes."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes, of the twin and of stock ManiSkill; one a core."""
+    seconds: float = 15.0
+    """Length of each measurement."""
+
+
+def stock_steps_per_second(seconds: float) -> float:
+    """One process of stock ManiSkill at the twin's resolution, for `seconds`."""
+    import gymnasium
+    import mani_skill.envs  # noqa: F401  (registers PushCube-v1)
+
+    env = gymnasium.make(
+        "PushCube-v1",
+        obs_mode="rgb",
+        control_mode="pd_ee_delta_pose",
+        sim_backend="physx_cpu",
+        render_backend="cpu",
+        sensor_configs=dict(width=IMAGE_SIZE, height=IMAGE_SIZE),
+    )
+    env.reset(seed=0)
+    env.step(env.action_space.sample() * 0)  # the first picture takes seconds
+    steps = 0
+    end = time.time() + seconds
+    while time.time() < end:
+        env.step(env.action_space.sample() * 0.1)
+        steps += 1
+    return steps / seconds
+
+
+def steps_per_second(world: VecEnv, act, seconds: float) -> float:
+    """Control steps that are executed while `act(obs) -> actions [B,C,7]` plays for `seconds`."""
+    obs = world.reset(SEEDS["rl"])
+    steps = 0
+    last = torch.zeros(world.num_envs, dtype=int)
+    start = time.time()
+    while time.time() < start + seconds:
+        obs, _, terminated, truncated, info = world.step(act(obs))
+        steps += (info["length"] - last).sum().item()  # an episode may end inside a chunk
+        last = torch.where(terminated | truncated, 0, info["length"])
+    return steps / (time.time() - start)
+
+
+def bench_env(args: Env) -> None:
+    with worker_pool(args.workers) as pool:
+        stock = sum(pool.map(stock_steps_per_second, [args.seconds] * args.workers))
+    size = f"{IMAGE_SIZE} x {IMAGE_SIZE}"
+    print(f"stock ManiSkill, PushCube-v1, {size}, {args.workers} processes: {stock:.0f} control steps/s")
+
+    still = np.zeros((args.num_envs, args.chunk, 7), np.float32)
+    stats = {
+        "observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
+        "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]},
+    }
+    ways = {f"alone, chunk {args.chunk}": lambda obs: still}
+    for chunk in (args.chunk, PRESETS["tiny-pi05"]["chunk"]):
+        policy = load_policy("tiny-pi05", stats=stats, chunk=chunk, action_horizon=chunk)
+        ways[f"with the default policy, chunk {chunk}"] = lambda obs, policy=policy: (
+            policy.act(obs, sample=True).actions
+        )
+    for task in args.tasks:
+        world = VecEnv(task, TWIN, args.num_envs, args.workers)
+        for way, act in ways.items():
+            rate = steps_per_second(world, act, args.seconds)
+            print(
+                f"{task}, {args.num_envs} environments in {args.workers} processes, {way}: {rate:.0f} control steps/s, "
+                f"{rate / stock:.1f} x stock"
+            )
+        world.close()
+
+
+@dataclass
+class Update:
+    """Samples per second of pi0.5's PPO update (evaluate and backward), here and as published, on the same weights."""
+
+    depth: int = 4
+    """Layers kept of each of the three transformers, at full width; 0 keeps all. The fewer, the more the word table's
+    gradient, which is the same in both ways, hides the ratio."""
+    batch: int = 2
+    """Observations in an update."""
+    repeats: int = 3
+    """Timed updates."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
+    bf16: bool = False
+    """Keep weights in bfloat16."""
+
+
+class AsPublished(Pi05):
+    """The same numbers, computed as the public PyTorch code does: three cameras of which two are masked, a prompt
+    padded to its limit, a loop over the denoising steps, eager attention on repeated keys."""
+
+    def embed_prefix(self, images, image_masks, tokens, token_masks):
+        pad = (0, self.config["max_token_len"] - tokens.shape[1])
+        absent = -torch.ones_like(images[0])
+        patches = self.embed_images(torch.cat([images[0], absent, absent])).chunk(3)
+        words = self.vlm.language_model.embed_tokens(F.pad(tokens, pad))
+        camera = torch.arange(3, device=words.device).repeat_interleave(patches[0].shape[1])
+        embeddings = torch.cat([*patches, words * words.shape[-1] ** 0.5], 1)
+        return embeddings, torch.cat([(camera == 0).expand(len(tokens), -1), F.pad(token_masks, pad)], 1)
+
+    def velocity(self, x, t, prefix):
+        steps = [super(AsPublished, self).velocity(x[:, k, None], t[:, k, None], prefix) for k in range(x.shape[1])]
+        velocity, features = zip(*steps)
+        return torch.cat(velocity, 1), torch.cat(features, 1)
+
+    @staticmethod
+    def attend(q, k, v, mask):
+        groups = q.shape[2] // k.shape[1]
+        k = k.repeat_interleave(groups, 1)
+        v = v.repeat_interleave(groups, 1)
+        scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~mask[:, None], -2.3819763e38).softmax(-1, torch.float32).type_as(v)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def bench_update(args: Update) -> None:
+    sizes = {part: dict(PRESETS["pi05"][part]) for part in ("vision", "vlm", "action_expert")}
+    if args.depth:
+        sizes["vision"]["num_hidden_layers"] = args.depth
+        sizes["vlm"]["depth"] = args.depth
+        sizes["action_expert"]["depth"] = args.depth
+    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    dtype = torch.bfloat16 if args.bf16 else None
+    policy = load_policy("pi05", {"observation.state": one, "action": one}, dtype, args.device, **sizes)
+    image_size = sizes["vision"]["image_size"]
+    obs = {
+        "image": torch.randint(0, 256, (args.batch, image_size, image_size, 3), dtype=torch.uint8),
+        "state": torch.rand(args.batch, 7) * 2 - 1,
+        "prompt": ["push the cube to the target"] * args.batch,
+    }
+    chain = policy.act(obs, sample=True).latent
+    rates = {}
+    for name, way, attention in (("here", Pi05, "sdpa"), ("as published", AsPublished, "eager")):
+        policy.__class__ = way  # the same weights with the other way's methods: two models need not fit
+        policy.vlm.vision_tower.vision_model.encoder.config._attn_implementation = attention
+        for train in ("all", "expert"):
+            policy.set_trainable(train)
+            for i in range(args.repeats + 1):
+                if i == 1:  # the first update warms up
+                    start = time.perf_counter()
+                logprob, _, value = policy.evaluate(obs, chain)
+                (logprob + value).mean().backward()
+                policy.zero_grad()
+                if args.device != "cpu":
+                    torch.cuda.synchronize()
+            rate = args.repeats * args.batch / (time.perf_counter() - start)
+            rates[name, train] = rate
+            print(f"{name:13} {train:7} {rate:8.3f} samples/s   logprob {logprob.mean().item():.4f}")
+    for train in ("all", "expert"):
+        ratio = rates["here", train] / rates["as published", train]
+        print(f"update of {train}: {ratio:.1f} times the published way's")
+
+
+if __name__ == "__main__":
+    args = tyro.extras.subcommand_cli_from_dict(dict(env=Env, update=Update))
+    if isinstance(args, Env):
+        bench_env(args)
+    else:
+        bench_update(args)
