@@ -147,29 +147,18 @@ RENAMES: tuple[tuple[str, str | Callable], ...] = (
 )
 OPENPI_STATS = {"observation.state": "state", "action": "actions"}  # our name of a statistic, and theirs
 OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+# fmt: off
 LEROBOT_CONFIG = {  # their name of a setting, and ours
-    "chunk_size": "action_horizon",
-    "n_action_steps": "chunk",
-    "num_inference_steps": "num_steps",
-    "tokenizer_max_length": "max_token_len",
-    "max_action_dim": "action_dim",
-}
+    "chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
+    "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
 OPENVLA_CONFIG = {  # what their code needs beside the settings
-    "architectures": ["OpenVLAForActionPrediction"],
-    "model_type": "openvla",
-    "n_action_bins": 256,
-    "arch_specifier": "no-align+fused-gelu-mlp",
-    "output_projector_states": False,
-    "llm_max_length": 2048,
-    "auto_map": {
-        "AutoConfig": "configuration_prismatic.OpenVLAConfig",
-        "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
-    },
-    "vision_backbone_id": "dinosiglip-vit-so-224px",
-    "llm_backbone_id": "llama2-7b-pure",
-    "use_fused_vision_backbone": True,
-    "image_resize_strategy": "resize-naive",
-}
+    "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "n_action_bins": 256,
+    "arch_specifier": "no-align+fused-gelu-mlp", "output_projector_states": False, "llm_max_length": 2048,
+    "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
+                 "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
+    "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
+    "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive"}
+# fmt: on
 
 
 def find_folder(name: str | Path, presets: dict) -> Path:
@@ -465,26 +454,17 @@ def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
     if "action" in stats:
         outputs["action"]["shape"] = [len(stats["action"]["q01"])]
     modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
-    text = {
-        "max_length": config["max_token_len"],
-        "task_key": "task",
-        "padding_side": "right",
-        "padding": "max_length",
-        "truncation": True,
-        "tokenizer_name": TOKENIZERS["pi05"],
-    }
     device = ("device_processor", {"device": "cpu", "float_dtype": None})
+    # fmt: off
+    text = {"max_length": config["max_token_len"], "task_key": "task", "padding_side": "right",
+            "padding": "max_length", "truncation": True, "tokenizer_name": TOKENIZERS["pi05"]}
     pipelines = {
         "policy_preprocessor": [
-            ("rename_observations_processor", {"rename_map": {}}),
-            ("to_batch_processor", {}),
+            ("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {}),
             ("normalizer_processor", {"features": {**inputs, **outputs}, "norm_map": modes}),
-            ("pi05_prepare_state_tokenizer_processor_step", {}),
-            ("tokenizer_processor", text),
-            device,
-        ],
-        "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": modes}), device],
-    }
+            ("pi05_prepare_state_tokenizer_processor_step", {}), ("tokenizer_processor", text), device],
+        "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": modes}), device]}
+    # fmt: on
     flat = {
         f"{feature}.{kind}": torch.tensor(value, dtype=torch.float32)
         for feature, kinds in stats.items()

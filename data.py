@@ -86,10 +86,7 @@ def statistics(*datasets: "Demonstrations") -> dict[str, dict[str, list[float]]]
     names = ("mean", "std", "min", "max", "q01", "q99")
     state = _stats(np.concatenate([dataset.state for dataset in datasets]))
     action = _stats(np.concatenate([dataset.action for dataset in datasets]))
-    return {
-        STATE: {name: state[name].tolist() for name in names},
-        ACTION: {name: action[name].tolist() for name in names},
-    }
+    return {key: {name: x[name].tolist() for name in names} for key, x in ((STATE, state), (ACTION, action))}
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -118,7 +115,8 @@ class DatasetWriter:
         self.columns = []  # of each episode, without the images, for the statistics of all
         self.num_frames = 0
         self.histogram = np.zeros((3, 256), np.int64)  # of the pixels of all images, by colour
-        self.file_index = -1  # of the files below, which are open while they have less than FILE_BYTES
+        self.files = []  # paths of the data file and, with `video`, the video file that episodes are appended to
+        self.file_index = -1  # of `files`; -1: none was begun
         self.data_file = None
         self.video_file = None
         self.video_stream = None
@@ -164,23 +162,16 @@ class DatasetWriter:
             "task_index": np.full(length, self.tasks.setdefault(prompt, len(self.tasks))),
         }
         table = self._table(columns, image)
-        if self._files_are_full():
+        if not self.files or sum(path.stat().st_size for path in self.files if path.exists()) > FILE_BYTES:
             self._close_files()
             self._open_files(table.schema)
         self.data_file.write_table(table)  # a row group an episode: its frames can be read without the others
 
         chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
-        row = {
-            "episode_index": number,
-            "tasks": [prompt],
-            "length": length,
-            "dataset_from_index": self.num_frames,
-            "dataset_to_index": self.num_frames + length,
-            "meta/episodes/chunk_index": 0,
-            "meta/episodes/file_index": 0,
-            "data/chunk_index": chunk_index,
-            "data/file_index": file_index,
-        }
+        row = {"episode_index": number, "tasks": [prompt], "length": length}
+        row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + length}
+        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        row |= {"data/chunk_index": chunk_index, "data/file_index": file_index}
         if self.video:
             row[f"videos/{IMAGE}/chunk_index"] = chunk_index
             row[f"videos/{IMAGE}/file_index"] = file_index
@@ -220,28 +211,17 @@ class DatasetWriter:
             table[IMAGE] = pa.StructArray.from_arrays([pngs, pa.nulls(len(image), pa.string())], ["bytes", "path"])
         return pa.table(table)
 
-    def _file(self, template):
-        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
-        return self.root / template.format(video_key=IMAGE, chunk_index=chunk_index, file_index=file_index)
-
-    def _files_are_full(self):
-        """Whether the next episode begins new files: also where none is open."""
-        if self.data_file is None:
-            return True
-        size = self._file(DATA_PATH).stat().st_size
-        if self.video and self._file(VIDEO_PATH).exists():  # the first packets of a video may still be in the encoder
-            size += self._file(VIDEO_PATH).stat().st_size
-        return size > FILE_BYTES
-
     def _open_files(self, schema):
         self.file_index += 1
-        data_path = self._file(DATA_PATH)
-        data_path.parent.mkdir(parents=True, exist_ok=True)
-        self.data_file = pq.ParquetWriter(data_path, schema)
+        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
+        templates = (DATA_PATH, VIDEO_PATH) if self.video else (DATA_PATH,)
+        for template in templates:
+            path = self.root / template.format(video_key=IMAGE, chunk_index=chunk_index, file_index=file_index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.files.append(path)
+        self.data_file = pq.ParquetWriter(self.files[0], schema)
         if self.video:
-            video_path = self._file(VIDEO_PATH)
-            video_path.parent.mkdir(parents=True, exist_ok=True)
-            self.video_file = av.open(str(video_path), "w")
+            self.video_file = av.open(str(self.files[1]), "w")
             self.video_frames = 0
             # Every second frame is a key frame, as in LeRobot: any frame decodes from at most one other.
             options = {"crf": "18", "g": "2"}
@@ -266,6 +246,7 @@ class DatasetWriter:
             self.video_file.close()
         self.data_file = None
         self.video_file = None
+        self.files = []
 
     def _write_meta(self):
         if not self.episodes:
@@ -291,17 +272,9 @@ class DatasetWriter:
         height, width, _ = self.image_shape
         image = {"dtype": "image", "shape": list(self.image_shape), "names": ["height", "width", "channels"]}
         if self.video:
-            image["dtype"] = "video"
-            image["info"] = {
-                "video.height": height,
-                "video.width": width,
-                "video.channels": 3,
-                "video.codec": "h264",
-                "video.pix_fmt": "yuv420p",
-                "video.fps": self.fps,
-                "video.is_depth_map": False,
-                "has_audio": False,
-            }
+            info = {"video.height": height, "video.width": width, "video.channels": 3, "video.codec": "h264"}
+            info |= {"video.pix_fmt": "yuv420p", "video.fps": self.fps, "video.is_depth_map": False, "has_audio": False}
+            image |= {"dtype": "video", "info": info}
         vector = {"dtype": "float32", "shape": [len(DIMS)], "names": list(DIMS)}
         features = {IMAGE: image, STATE: vector, ACTION: vector}
         for key, x in self.columns[0].items():
@@ -378,18 +351,22 @@ def load_dataset(
     episodes = meta.episodes[:num_episodes]
     bounds = np.cumsum([0] + [episode.length for episode in episodes])
     end = bounds[-1]
+    for episode in episodes:
+        if not episode.image_file.exists():
+            raise UserError(f"{episode.image_file}: missing; the images of episode {episode.index} are in it")
 
-    frames = FramesOnDisk(episodes, bounds, meta.image_shape, meta.fps, None if meta.is_video else meta.camera)
-    frames.check_files()
+    frames = FramesOnDisk(episodes, bounds, meta.image_shape, meta.fps, meta.image_column)
     if end * math.prod(meta.image_shape) <= max_bytes:
         frames = frames.decode(np.arange(end))
+    else:
+        frames.decode_ends()
     return Demonstrations(
         meta.root, meta.fps, state[:end], action[:end], prompt[:end], bounds, frames, meta.image_shape
     )
 
 
 @dataclass
-class Episode:
+class EpisodeOnDisk:
     """Where an episode of a dataset on disk is."""
 
     index: int  # its number in the dataset
@@ -400,19 +377,18 @@ class Episode:
 
 
 @dataclass
-class Meta:
+class Metadata:
     """What the meta folder of a dataset on disk says."""
 
     root: Path
     fps: float  # Hz
-    camera: str  # the feature with the images
-    is_video: bool  # or else an image column
+    image_column: str | None  # None: video
     image_shape: tuple[int, int, int]  # (H, W, 3)
-    episodes: list[Episode]
+    episodes: list[EpisodeOnDisk]
     tasks: dict[int, str]  # by task_index
 
 
-def _read_meta(root, fps) -> Meta:
+def _read_meta(root, fps) -> Metadata:
     if not (root / "meta/info.json").exists():
         raise UserError(f"{root} is no LeRobot dataset: no meta/info.json (`python data.py collect` collects datasets)")
     info = _read_json(root / "meta/info.json")
@@ -436,7 +412,8 @@ def _read_meta(root, fps) -> Meta:
         if image_shape[0] == 3 and image_shape[-1] != 3:  # some datasets say channels first
             image_shape = (image_shape[1], image_shape[2], 3)
         episodes = _read_episodes(root, info, camera if is_video else None)
-        return Meta(root, recorded, camera, is_video, image_shape, episodes, _read_tasks(root, info))
+        tasks = _read_tasks(root, info)
+        return Metadata(root, recorded, None if is_video else camera, image_shape, episodes, tasks)
     except (LookupError, TypeError, AttributeError, StopIteration) as error:  # JSON that lacks or has something else
         raise UserError(f"{root}/meta: corrupt or incomplete ({error!r})") from None
 
@@ -448,7 +425,7 @@ def _read_json(path, lines=False):
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         return json.loads(text)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
+        raise UserError(f"{path}: missing; copy the dataset again, whole") from None
     except ValueError as error:
         raise UserError(f"{path}: corrupt, no JSON ({error})") from None
 
@@ -464,7 +441,7 @@ def _read_table(path, columns, what):
         raise UserError(f"{path}: truncated or corrupt; {what} should be in it ({error})") from None
 
 
-def _read_episodes(root, info, video_key) -> list[Episode]:
+def _read_episodes(root, info, video_key) -> list[EpisodeOnDisk]:
     """The episodes in order; `video_key` is None for image columns."""
     if info["codebase_version"] == "v2.1":
         rows = _read_json(root / "meta/episodes.jsonl", lines=True)
@@ -495,7 +472,7 @@ def _read_episodes(root, info, video_key) -> list[Episode]:
             kind = f"videos/{video_key}"
             image_file = root / info["video_path"].format(video_key=video_key, **place(row, kind))
             first = round(row.get(f"{kind}/from_timestamp", 0) * info["fps"])
-        episodes.append(Episode(row["episode_index"], int(row["length"]), data_file, image_file, first))
+        episodes.append(EpisodeOnDisk(row["episode_index"], int(row["length"]), data_file, image_file, first))
     return episodes
 
 
@@ -553,15 +530,16 @@ def _read_vectors(path, table, key):
     except pa.ArrowException as error:
         raise UserError(f"{path}: {key} is no column of lists of numbers ({error})") from None
 
-    def refuse(bad_rows, problem):
-        if bad_rows.any():
-            row = np.flatnonzero(bad_rows)[0]
-            raise UserError(f"{path}: {key} has {problem(row)} in episode {table['episode_index'][row]}, row {row}")
-
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    refuse(lengths != len(DIMS), lambda row: f"{lengths[row]} values, not {len(DIMS)},")
+    wrong = np.flatnonzero(lengths != len(DIMS))
+    if wrong.size:
+        place = f"episode {table['episode_index'][wrong[0]]}, row {wrong[0]}"
+        raise UserError(f"{path}: {key} has {lengths[wrong[0]]} values in {place}; {len(DIMS)} are needed")
     x = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(DIMS))
-    refuse(~np.isfinite(x).all(1), lambda row: "a NaN or an infinity")
+    wrong = np.flatnonzero(~np.isfinite(x).all(1))
+    if wrong.size:
+        place = f"episode {table['episode_index'][wrong[0]]}, row {wrong[0]}"
+        raise UserError(f"{path}: {key} has a NaN or an infinity in {place}")
     return x
 
 
@@ -569,37 +547,33 @@ def _read_vectors(path, table, key):
 class FramesOnDisk:
     """frames[indices] -> uint8 [n,H,W,3], decoded on access: in the DataLoader's workers, if it has any."""
 
-    episodes: list[Episode]
+    episodes: list[EpisodeOnDisk]
     bounds: np.ndarray  # int [E+1], as in Demonstrations
     image_shape: tuple[int, int, int]
     fps: float  # Hz
-    column: str | None  # the image column; None: video
+    image_column: str | None  # None: video
 
     def __getitem__(self, indices):
         indices, inverse = np.unique(indices, return_inverse=True)
         return self.decode(indices)[inverse]
 
-    def check_files(self):
-        """UserError for a file that is missing or ends too early: now, and not hours into the training."""
-        for episode in self.episodes:
-            if not episode.image_file.exists():
-                raise UserError(f"{episode.image_file}: missing; the images of episode {episode.index} are in it")
+    def decode_ends(self):
+        """Find a file that is too short now, and not hours into the training (UserError)."""
         last_of_file = {episode.image_file: end - 1 for episode, end in zip(self.episodes, self.bounds[1:])}
         self.decode(np.sort(list(last_of_file.values())))
 
     def decode(self, indices):
         """The same as frames[indices] for ascending indices without repeats."""
         owner = np.searchsorted(self.bounds, indices, side="right") - 1  # each frame's episode
-        number = (
-            indices - self.bounds[owner] + np.array([self.episodes[e].first for e in owner])
-        )  # and place in its file
+        first = np.array([self.episodes[e].first for e in owner])
+        number = indices - self.bounds[owner] + first  # each frame's place in its file
         files = np.array([str(self.episodes[e].image_file) for e in owner], object)
         out = np.empty((len(indices), *self.image_shape), np.uint8)
         for path in dict.fromkeys(files):  # a set that keeps the order
             wanted = np.flatnonzero(files == path)
             wanted = wanted[np.argsort(number[wanted])]  # a file is decoded forwards
-            if self.column:
-                pictures = _decode_images(path, number[wanted], self.column)
+            if self.image_column:
+                pictures = _decode_images(path, number[wanted], self.image_column)
             else:
                 pictures = _decode_video(path, number[wanted], self.fps)
             for i in wanted:
@@ -632,6 +606,13 @@ def _parquet_file(path):
     return file, np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
 
 
+def _video_file(path):
+    video = av.open(path)
+    # No decoder threads: a forked worker that drops a video of its parent's would wait for ever for the parent's.
+    video.streams.video[0].codec_context.thread_count = 1
+    return video
+
+
 def _decode_images(path, rows, column):
     """Yield the given rows (ascending) of an image column, uint8 [H,W,3]."""
     file, ends = _open(_parquet_file, path)
@@ -648,7 +629,7 @@ def _decode_images(path, rows, column):
 
 def _decode_video(path, numbers, fps):
     """Yield the given frames (ascending, counted from the beginning of the video), uint8 [H,W,3]."""
-    video = _open(av.open, path)
+    video = _open(_video_file, path)
     stream = video.streams.video[0]
     start = stream.start_time or 0
     to_rgb = VideoReformatter()
@@ -670,6 +651,7 @@ def _decode_video(path, numbers, fps):
 # ---- mixture ----------------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Mixture(torch.utils.data.Dataset):
     """The data of stage I, alpha * E_sim + (1 - alpha) * E_real, as batches: item k is the whole batch k.
 
@@ -682,27 +664,23 @@ class Mixture(torch.utils.data.Dataset):
     last action is repeated, as in LeRobot); "is_sim" bool [B].
     """
 
-    def __init__(
-        self,
-        real: Demonstrations | None,
-        batch_size: int,
-        horizon: int,
-        seed: int,
-        sim: Demonstrations | None = None,
-        alpha: float = 0.0,
-    ):
-        if not 0 <= alpha <= 1:
-            raise UserError(f"alpha is a share, 0 (only real samples) to 1 (only simulated ones), not {alpha}")
-        if (sim is None and alpha > 0) or (real is None and alpha < 1):
-            raise UserError(f"alpha = {alpha} needs {'simulated' if sim is None else 'real'} demonstrations as well")
-        if real is not None and sim is not None and real.image_shape != sim.image_shape:
+    real: Demonstrations | None
+    batch_size: int
+    horizon: int
+    seed: int
+    sim: Demonstrations | None = None
+    alpha: float = 0.0  # the share of simulated samples, exact over the batches together
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha is a share, 0 (only real samples) to 1 (only simulated ones), not {self.alpha}")
+        missing = "simulated" if self.sim is None else "real"
+        if (self.sim is None and self.alpha > 0) or (self.real is None and self.alpha < 1):
+            raise UserError(f"alpha = {self.alpha} needs {missing} demonstrations as well")
+        if self.real is not None and self.sim is not None and self.real.image_shape != self.sim.image_shape:
+            real, sim = self.real, self.sim
             raise UserError(f"{real.path} has images {real.image_shape}, but {sim.path} {sim.image_shape}")
-        self.real = real
-        self.sim = sim
-        self.batch_size = batch_size
-        self.horizon = horizon
-        self.seed = seed
-        self.sim_per_batch = Fraction(str(alpha)) * batch_size  # exact: in floats, 0.29 * 100 < 29
+        self.sim_per_batch = Fraction(str(self.alpha)) * self.batch_size  # exact: in floats, 0.29 * 100 < 29
 
     def __getitem__(self, k):
         # Where alpha * batch_size is no integer, batches differ by one sample, and the first k have alpha of theirs.
@@ -826,7 +804,7 @@ class CollectArgs:
     num_twin: int = 500
     """Demonstrations in the twin. More of them make stage I better, and leave less for RL to do."""
     num_real: int = 50
-    """Demonstrations in the target, the "real" ones. The paper, like most labs, has about 50."""
+    """Demonstrations in the target, the "real" ones. On an arm they would cost an operator's time."""
     num_val: int = 20
     """Held-out demonstrations in the target, for validation. More of them make the curve of its loss steadier."""
     out: Path = Path("demos")
@@ -841,8 +819,10 @@ class CollectArgs:
 
 
 def collect(args: CollectArgs) -> None:
+    """The three datasets that CollectArgs describes; UserError for a task or target that is not there."""
     import envs
 
+    envs.require_task(args.task)
     target = envs.target_domain(args.target)
     datasets = (  # domain, held out, first seed, number of demonstrations
         (envs.TWIN, False, envs.SEEDS["twin_demos"], args.num_twin),

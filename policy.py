@@ -2,23 +2,16 @@
 
     policy = load_policy("tiny-pi05", stats=stats)      # a preset (random weights), a folder, or a Hub name
     loss = policy.sft_loss(batch)                       # stage I, and the anchor of stage II
+    obs = policy.encode(obs)                            # what frozen weights compute, once per observation
     decision = policy.act(obs, sample=True)             # rollout
     logprob, entropy, value = policy.evaluate(obs, decision.latent)   # PPO update; ratio 1 right after act
-    obs = policy.encode(obs)                            # what frozen weights compute, once per observation
     policy.save(folder)                                 # or save(folder, layout="lerobot" | "openpi" | "openvla")
 
-An observation batch: "image" uint8 [B,H,W,3] (pi0.5 also [B,N,H,W,3] with an optional bool "image_mask" [B,N]),
-"state" float32 [B,S], "prompt" list of B instructions. Actions are physical (m, rad, gripper -1..1) outside this file.
-`python policy.py bench` measures the update against the public pi0.5 code's way of computing it.
+`Policy` declares the contract. Actions and states are physical (m, rad, gripper -1..1) outside this file.
 """
 
-import hashlib
-import json
 import math
-import os
-import re
-import sys
-import time
+from abc import ABC, abstractmethod
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,9 +20,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -37,7 +28,11 @@ from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaDecoderLa
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, LlamaRotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig, SiglipVisionEmbeddings
 
-VOCAB = 811  # small_tokenizer's
+import checkpoints
+from checkpoints import EMBED, HEADS, LM_HEAD, PALIGEMMA, UserError
+
+# fmt: off
+VOCAB = 811  # of small_tokenizer
 PI05 = {"type": "pi05", "max_token_len": 200, "num_steps": 4}
 TINY_GEMMA = {"depth": 3, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32, "hidden_act": "silu"}
 TINY_VIT = {"embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_hidden": 192}
@@ -78,36 +73,47 @@ PRESETS = {
         "llm": {**LLAMA, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
                 "num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32064}},
 }
+# fmt: on
 LORA = {"r": 32, "lora_alpha": 16, "init_lora_weights": "gaussian"}  # OpenVLA's authors' and RL4VLA's
 
 
 class Decision(NamedTuple):
-    """actions [B,C,7] physical; latent: what evaluate needs; logprob [B] (0 without sampling); value [B]."""
-    actions: torch.Tensor
-    latent: torch.Tensor
-    logprob: torch.Tensor
-    value: torch.Tensor
+    """What a policy does about B observations, C being its chunk."""
+
+    actions: torch.Tensor  # [B,C,7] physical
+    latent: torch.Tensor  # what `evaluate` needs: pi0.5's denoising chain [B,K+1,H,D], OpenVLA's tokens [B,C*7]
+    logprob: torch.Tensor  # [B], 0 without sampling
+    value: torch.Tensor  # [B]
 
 
 # ---- observations and actions -----------------------------------------------------------------------------------
 
+# Dimensions of an encoded observation whose length depends on the prompt.
+TOKEN_DIM = {"prefix_kv": -2, "prefix_mask": -1}
+
+
 def index_obs(obs: dict, idx) -> dict:
     """Rows `idx` (slice, index array or tensor) of an observation or SFT batch."""
-    rows = np.arange(len(obs["prompt"]))[idx.cpu().numpy() if torch.is_tensor(idx) else idx]
-    return {k: [v[i] for i in rows] if isinstance(v, list) else v[idx] for k, v in obs.items()}
+    numbers = idx.cpu().numpy() if torch.is_tensor(idx) else idx
+    rows = np.arange(len(obs["prompt"]))[numbers]
+    return {key: [x[i] for i in rows] if isinstance(x, list) else x[idx] for key, x in obs.items()}
 
 
-def cat_obs(batches: list[dict]) -> dict:
-    """Concatenate along B; cached token dimensions are right-padded (mask False) when prompts differ in length."""
+def concat_obs(batches: list[dict]) -> dict:
+    """Concatenate along B. Where prompts differ in length, cached tokens are padded on the right (mask False)."""
+
     def join(key):
-        values = [b[key] for b in batches]
+        values = [batch[key] for batch in batches]
         if isinstance(values[0], list):
             return sum(values, [])
-        if dim := {"prefix_kv": -2, "prefix_mask": -1}.get(key):  # whose length depends on the prompt
-            longest = max(v.shape[dim] for v in values)
-            values = [v if v.shape[dim] == longest else F.pad(v, (0, 0) * (-1 - dim) + (0, longest - v.shape[dim]))
-                      for v in values]
+        if key in TOKEN_DIM:
+            dim = TOKEN_DIM[key]
+            longest = max(x.shape[dim] for x in values)
+            after = (0, 0) * (-1 - dim)  # F.pad counts dimensions from the last
+            # Padding copies, and a cached prefix is large: only what is too short is padded.
+            values = [x if x.shape[dim] == longest else F.pad(x, (*after, 0, longest - x.shape[dim])) for x in values]
         return torch.cat(values)
+
     return {key: join(key) for key in batches[0]}
 
 
@@ -115,8 +121,10 @@ def normalize(x: torch.Tensor, stats: dict, eps: float = 1e-6) -> torch.Tensor:
     """[...,D] physical -> [-1,1] between q01 and q99, not clipped (openpi); a dimension with zero range gives 0."""
     low, high = x.new_tensor(stats["q01"]), x.new_tensor(stats["q99"])
     if len(low) != x.shape[-1]:
-        raise ValueError(f"the policy's statistics are of {len(low)} dimensions, the data has {x.shape[-1]}: fine-tune it "
-                         f"on this robot's demonstrations first (train_sft.py)")
+        raise UserError(
+            f"the policy's statistics are of {len(low)} dimensions, the data has {x.shape[-1]}: fine-tune it on this "
+            "robot's demonstrations first (train_sft.py)"
+        )
     return torch.where(high > low, (x - low) / (high - low + eps) * 2 - 1, 0)
 
 
@@ -133,11 +141,12 @@ def resize(image: torch.Tensor, size: int, pad: bool, how: Image.Resampling) -> 
     if (h, w) == (size, size):
         return image
     scale = max(h, w) / size
-    new = (int(w / scale), int(h / scale)) if pad else (size, size)
-    left, top = (size - new[0]) // 2, (size - new[1]) // 2
+    width, height = (int(w / scale), int(h / scale)) if pad else (size, size)
+    left = (size - width) // 2
+    top = (size - height) // 2
     out = np.zeros((len(image), size, size, 3), np.uint8)
     for row, array in zip(out, image.cpu().numpy()):
-        row[top : top + new[1], left : left + new[0]] = Image.fromarray(array).resize(new, how)
+        row[top : top + height, left : left + width] = Image.fromarray(array).resize((width, height), how)
     return torch.from_numpy(out).to(image.device)
 
 
@@ -152,24 +161,20 @@ handle gripper""".split()
 def small_tokenizer() -> Tokenizer:
     """Tokenizer of the tiny presets: one piece for each integer -1..255 and common word (with its space), characters
     and bytes for the rest, so any text encodes and a given instruction always has the same length."""
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f" {i}" for i in range(-1, 256)]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    pieces += [f" {i}" for i in range(-1, 256)]
     pieces += [chr(c) for c in range(32, 127)] + ["\n"]
-    pieces += [p for w in WORDS for p in (f" {w}", f" {w.capitalize()}", w.capitalize())]
+    for word in WORDS:
+        pieces += [f" {word}", f" {word.capitalize()}", word.capitalize()]
     pieces += ["Task:", ", State:", ";\nAction: ", "In: What action should the robot take to", "?\nOut:"]
-    pieces = list(dict.fromkeys(pieces)) + [f"<0x{b:02X}>" for b in range(256)]
-    # every piece costs 1, so the shortest segmentation wins; byte pieces only ever enter through the fallback
+    pieces = list(dict.fromkeys(pieces))  # each once
+    pieces += [f"<0x{b:02X}>" for b in range(256)]
+    # Every piece costs 1, so the shortest segmentation wins; byte pieces only ever enter through the fallback.
     scores = [(p, -100.0 if p.startswith("<") and len(p) > 1 else -1.0) for p in pieces]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=3, byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in pieces[:3]])
     return tokenizer
-
-
-def init_numbers(weight: torch.Tensor, ids: list[int]) -> None:
-    """Sinusoids of the rank as the rows `ids` of weight [V,width], at its scale: a model from scratch then sees that
-    neighbouring bins are alike instead of learning 256 of them one by one."""
-    angle = torch.arange(len(ids))[:, None] * 2 * math.pi / torch.logspace(math.log10(8), 3, weight.shape[1] // 2)
-    weight[ids] = torch.cat([angle.sin(), angle.cos()], 1).to(weight) * 2**0.5 * weight.std()
 
 
 def pi05_prompt(prompt: str, state: np.ndarray) -> str:
@@ -179,18 +184,23 @@ def pi05_prompt(prompt: str, state: np.ndarray) -> str:
     return f"Task: {prompt}, State: {' '.join(map(str, bins))};\nAction: "
 
 
+def pad_tokens(rows: list[list[int]], side: str, value: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and validity [B,T], padded to the longest of the batch."""
+    pad = partial(pad_sequence, batch_first=True, padding_side=side)
+    ids = pad([torch.tensor(row) for row in rows], padding_value=value)
+    return ids.to(device), pad([torch.ones(len(row), dtype=torch.bool) for row in rows]).to(device)
+
+
 # ---- what both policies share -----------------------------------------------------------------------------------
 
-HEADS = ("value_head.", "noise_head.")  # what RL adds to a published model; float32, kept in a file of their own
 
-
-def box(**children: nn.Module) -> nn.ModuleDict:
-    return nn.ModuleDict(children)
-
-
-def mlp(sizes: list[int], act: type[nn.Module], bias_last: bool = True) -> nn.Sequential:
-    layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), act())][:-1]
-    layers[-1] = nn.Linear(*sizes[-2:], bias=bias_last)
+def mlp(sizes: list[int], activation: type[nn.Module], bias_last: bool = True) -> nn.Sequential:
+    """Linear layers of these widths with the activation between them."""
+    layers = []
+    for width_in, width_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(width_in, width_out), activation()]
+    # Drawn anew rather than changed, so that a seed goes on giving the weights of the published results.
+    layers[-2:] = [nn.Linear(*sizes[-2:], bias=bias_last)]
     return nn.Sequential(*layers)
 
 
@@ -200,44 +210,35 @@ def masked_mean(loss: torch.Tensor, keep: torch.Tensor, reduce: bool) -> torch.T
     return loss.mean() if reduce else loss
 
 
-def write_file(file: Path, content) -> None:
-    """Write tensors, the state of a training, bytes or JSON whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f".{file.name}.tmp")
-    if file.suffix == ".safetensors":
-        save_file({k: v.contiguous() for k, v in content.items()}, tmp, {"format": "pt"})
-    elif file.suffix == ".pt":
-        torch.save(content, tmp)
-    else:
-        tmp.write_bytes(content if isinstance(content, bytes) else json.dumps(content, indent=1).encode())
-    os.replace(tmp, file)
-
-
 class AdamW(torch.optim.AdamW):
     """torch's, over float32 copies of what is in bfloat16: added to bfloat16 itself, small steps are rounded away. The
     copies are in param_groups, and get the gradients; what is in float32 is its own copy."""
 
     def __init__(self, groups: list[dict], **settings):
-        self.copies = []
-        super().__init__([{**g, "params": [self.float32(p) for p in g["params"]]} for g in groups], **settings)
+        self.copies: list[tuple[nn.Parameter, torch.Tensor]] = []  # weights in bfloat16, each with its copy
+        groups = [{**group, "params": [self.float32(p) for p in group["params"]]} for group in groups]
+        super().__init__(groups, **settings)
 
-    def float32(self, p: nn.Parameter) -> torch.Tensor:
-        if p.dtype == torch.float32:
-            return p
-        copy = p.detach().float()
-        self.copies.append((p, copy))
+    def float32(self, weight: nn.Parameter) -> torch.Tensor:
+        """The weight itself, or a copy that gets its gradients."""
+        if weight.dtype == torch.float32:
+            return weight
+        copy = weight.detach().float()
+        self.copies.append((weight, copy))
 
-        def collect(p):
-            copy.grad, p.grad = p.grad.float() if copy.grad is None else copy.grad + p.grad, None
+        def collect(weight):  # at once, so that several backward passes add up in float32
+            grad = weight.grad.float()
+            copy.grad = grad if copy.grad is None else copy.grad + grad
+            weight.grad = None
 
-        p.register_post_accumulate_grad_hook(collect)
+        weight.register_post_accumulate_grad_hook(collect)
         return copy
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         super().step()
-        for p, copy in self.copies:
-            p.copy_(copy)
+        for weight, copy in self.copies:
+            weight.copy_(copy)
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "copies": [copy for _, copy in self.copies]}
@@ -248,86 +249,73 @@ class AdamW(torch.optim.AdamW):
             copy.copy_(saved)
 
 
-class Policy(nn.Module):
-    """Statistics, prompt encoding, what trains, and checkpoints; the model and its losses are in the two subclasses,
-    which also say: what freeze("expert") freezes (FROZEN), what no loss reaches though checkpoints have it (UNTRAINED),
-    what stays in float32 (FLOAT32), where a tokenizer is if a checkpoint has none (TOKENIZER), others' LAYOUTS."""
+class Policy(nn.Module, ABC):
+    """The contract, which is all that the scripts know of a policy: five methods, `set_trainable` and `save`; `chunk` C
+    and `horizon` H, the actions that it executes and predicts at a time; `value_head`, the critic's module.
+
+    An observation of B rows is {"image": uint8 [B,h,w,3], "state": float32 [B,S], "prompt": list of B instructions}, on
+    any device and in physical units (m, rad, gripper -1 closed..1 open). pi0.5 also takes N cameras: "image"
+    [B,N,h,w,3] and, where some are absent, "image_mask" bool [B,N]."""
+
+    PART: str  # what set_trainable calls the part that does not embed the observation
+    FROZEN: tuple[str, ...]  # names of what embeds it begin so
+    FLOAT32: tuple[str, ...]  # names of what stays in float32 contain one of these
+    UNTRAINED: tuple[str, ...]  # names of what checkpoints have but no loss reaches begin so
+    value_head: nn.Module
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__()
-        self.config, self.stats, self.tokenizer = config, stats, tokenizer
-        self.chunk, self.horizon = config["chunk"], config["action_horizon"]
+        self.config = config  # as in PRESETS
+        self.stats = stats  # as in LeRobot: {"action": {"q01": [...], ...}, "observation.state": {...}}
+        self.tokenizer = tokenizer  # without one, that of the published model is fetched
+        self.chunk: int = config["chunk"]
+        self.horizon: int = config["action_horizon"]
         if not 1 <= self.chunk <= self.horizon:
-            raise ValueError(f"chunk {self.chunk} must be between 1 and the horizon {self.horizon}")
-        self.gradient_checkpointing = False
+            raise UserError(f"chunk {self.chunk} must be between 1 and the horizon {self.horizon}")
+        self.frozen_prefix = False  # whether what embeds the observation is frozen
+        self.gradient_checkpointing = False  # compute activations twice instead of keeping them
         self.source: Path | None = None  # the folder it was loaded from
+
+    @abstractmethod
+    def sft_loss(self, batch: dict, reduce: bool = True) -> torch.Tensor:
+        """The supervised loss of observations with "action" float32 [B,H,7] and "action_is_pad" bool [B,H], which is
+        True past an episode's end and counts for nothing -> a scalar, or [B] with reduce=False."""
+
+    @abstractmethod
+    def act(self, obs: dict, sample: bool) -> Decision:
+        """Choose what to do, without gradient. sample=True explores, and takes log-probability and value from the
+        computation that `evaluate` repeats, so that the ratio of the two is exactly 1 in any precision."""
+
+    @abstractmethod
+    def evaluate(self, obs: dict, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probability [B], entropy [B] and value [B], float32, of decisions' latents as the weights are now."""
+
+    @abstractmethod
+    def value(self, obs: dict) -> torch.Tensor:
+        """Value [B] of observations that nothing is done in, without gradient: to bootstrap from a rollout's end."""
+
+    @abstractmethod
+    def encode(self, obs: dict) -> dict:
+        """obs and what frozen weights compute from it, which the other four then do not compute again."""
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def stat(self, key: str) -> dict:
-        if "q01" not in (self.stats or {}).get(key, {}):
-            raise ValueError(f"this policy has no statistics of {key}: give load_policy(stats=...) the training data's"
-                             + (f", or unnorm_key= one of {sorted(k)}" if (k := self.config.get("norm_stats")) else ""))
-        return self.stats[key]
-
-    def sha256(self) -> str:
-        """Of the weights in the folder that it was loaded from."""
-        total = hashlib.sha256()
-        for path in weight_files(self.source) if self.source else ():
-            with open(path, "rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        return total.hexdigest()
+        """Statistics of "action" or "observation.state", or UserError."""
+        stats = (self.stats or {}).get(key, {})
+        if "q01" not in stats:
+            sets = sorted(self.config.get("norm_stats") or {})
+            choice = f", or unnorm_key= one of {sets}" if sets else ""
+            problem = f"this policy has no statistics of {key}"
+            raise UserError(f"{problem}: give load_policy(stats=...) the training data's{choice}")
+        return stats
 
     def encode_text(self, texts: list[str]) -> list[list[int]]:
         if self.tokenizer is None:
-            try:
-                tokenizer = Tokenizer.from_pretrained(self.TOKENIZER)
-                words = (self.config.get("vlm") or self.config["llm"])["vocab_size"]
-                if (n := tokenizer.get_vocab_size()) > words + 64:  # PaliGemma's has a few words without a row
-                    raise ValueError(f"it has {n} words, the checkpoint {words}")
-                self.tokenizer = tokenizer
-            except Exception as error:
-                raise FileNotFoundError(f"no tokenizer.json in {self.source}, and {self.TOKENIZER}'s does not do "
-                                        f"({error}): copy the model's own tokenizer.json into the folder") from None
+            self.tokenizer = checkpoints.published_tokenizer(self.source, self.config)
         return [e.ids for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
-
-    def pad_tokens(self, rows: list[list[int]], side: str, value: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and validity [B,T], padded to the longest of the batch."""
-        pad = partial(pad_sequence, batch_first=True, padding_side=side)
-        ids = pad([torch.tensor(r) for r in rows], padding_value=value)
-        return ids.to(self.device), pad([torch.ones(len(r), dtype=torch.bool) for r in rows]).to(self.device)
-
-    def freeze(self, train: str) -> None:
-        """What trains besides the heads: "expert": all but what embeds the observation (pi0.5: SigLIP and the VLM;
-        OpenVLA: the vision towers and the projector); "lora": adapters on every linear layer but lm_head; "all"."""
-        if train == "lora":
-            self.add_lora()
-        for name, p in self.named_parameters():
-            chosen = {"all": True, "lora": "lora_" in name, "expert": not name.startswith(self.FROZEN)}[train]
-            p.requires_grad_((chosen or name.startswith(HEADS)) and not name.startswith(self.UNTRAINED))
-        self.frozen_prefix = train == "expert"
-
-    def add_lora(self) -> None:
-        """LoRA (arXiv 2106.09685) in float32 on every linear layer that a loss reaches, but the heads and lm_head."""
-        if self.lora_layers():
-            return
-        from peft import LoraConfig, inject_adapter_in_model  # imported here: only full-size fine-tuning needs it
-        names = [n for n, m in self.named_modules() if isinstance(m, nn.Linear)
-                 and not n.startswith((*HEADS, *self.UNTRAINED)) and not n.endswith("lm_head")]
-        inject_adapter_in_model(LoraConfig(**LORA, target_modules=names), self)
-        for name, p in self.named_parameters():
-            if "lora_" in name:
-                p.data = p.data.float()
-
-    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
-        """What a tensor is loaded as when `dtype` is asked for."""
-        wide = name.startswith(HEADS) or "lora_" in name or dtype and any(f in name for f in self.FLOAT32)
-        return torch.float32 if wide else dtype
-
-    def lora_layers(self) -> dict[str, nn.Module]:
-        return {n: m for n, m in self.named_modules() if hasattr(m, "lora_A")}
 
     def run(self, layer, *args, **kwargs):
         """A layer, recomputed in the backward pass when gradient_checkpointing is on."""
@@ -335,59 +323,86 @@ class Policy(nn.Module):
             return checkpoint(layer, *args, use_reentrant=False, **kwargs)
         return layer(*args, **kwargs)
 
+    def set_trainable(self, train: str) -> None:
+        """What trains besides the heads: "all"; "lora", adapters on every linear layer but lm_head; or what does not
+        embed the observation, which `encode` then does once: "expert" (of pi0.5), "llm" (of OpenVLA)."""
+        if train not in ("all", "lora", self.PART):
+            raise UserError(f"of a {self.config['type']} policy all, lora or {self.PART} can train, not {train}")
+        if train == "lora":
+            add_lora(self)
+        for name, weight in self.named_parameters():
+            if train == "all" or name.startswith(HEADS):
+                chosen = True
+            elif train == "lora":
+                chosen = "lora_" in name
+            else:
+                chosen = not name.startswith(self.FROZEN)
+            weight.requires_grad_(chosen and not name.startswith(self.UNTRAINED))
+        self.frozen_prefix = train == self.PART
+
+    def dtype_of(self, name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What a tensor is loaded as when `dtype` is asked for: what trains badly in bfloat16 is float32."""
+        if name.startswith(HEADS) or "lora_" in name or dtype and any(part in name for part in self.FLOAT32):
+            return torch.float32
+        return dtype
+
+    def sha256(self) -> str:
+        """Of the weights in the folder that it was loaded from."""
+        return checkpoints.sha256(self.source)
+
     @torch.no_grad()
     def save(self, folder: str | Path, layout: str | None = None) -> None:
         """Write a checkpoint folder, each file whole or not at all: all of this policy, or with `layout` "openpi",
         "lerobot" or "openvla" what that project's code loads (LoRA merged in). What RL adds is beside in
         heads.safetensors, and the processor, tokenizer and code files that a checkpoint came with go along."""
-        folder, state = Path(folder), self.state_dict()
-        if layout not in (None, *self.LAYOUTS):
-            raise ValueError(f"a {self.config['type']} policy is saved as {' or '.join(self.LAYOUTS)}, not as {layout}")
-        if layout:
-            for name, m in self.lora_layers().items():
-                w = m.base_layer.weight
-                state[f"{name}.base_layer.weight"] = (w.float() + m.get_delta_weight("default").float()).to(w.dtype)
-            state = {k: v for k, v in state.items() if "lora_" not in k}
-        target = folder.resolve()
-        source = self.source.resolve() if self.source else target
-        for file in sorted(source.rglob("*")) if source != target else ():
-            own = file.is_relative_to(target) and not source.is_relative_to(target)  # saved there before
-            if file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith(".index.json") and not own:
-                write_file(folder / file.relative_to(source), file.read_bytes())
-        (folder / "rlco.json").unlink(missing_ok=True)  # lerobot's layout alone has it
-        heads = {k: v for k, v in state.items() if k.startswith(HEADS) or "lora_" in k}
-        tensors = {k.replace(".base_layer.", "."): v for k, v in state.items() if k not in heads}
-        tensors, config = export(self, tensors, folder, layout)
-        plan = split_torch_state_dict_into_shards(tensors, max_shard_size="5GB" if layout == "openvla" else "1TB",
-                                                  filename_pattern="model{suffix}.safetensors")
-        for name, keys in plan.filename_to_tensors.items():
-            write_file(folder / name, {k: tensors[k] for k in keys})
-        for file in folder.glob("model*.safetensors*"):
-            if file.name not in plan.filename_to_tensors:
-                file.unlink()  # of another number of shards
-        if plan.is_sharded:
-            write_file(folder / "model.safetensors.index.json",
-                {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-        if self.tokenizer is not None and not (self.source and (self.source / "tokenizer.json").is_file()):
-            write_file(folder / "tokenizer.json", self.tokenizer.to_str().encode())  # older libraries cannot read it
-        write_file(folder / "heads.safetensors", heads)
-        write_file(folder / "stats.json", self.stats or {})
-        write_file(folder / "config.json", config)
+        family = self.config["type"]
+        layouts = checkpoints.LAYOUTS[family]
+        if layout not in (None, *layouts):
+            raise UserError(f"a {family} policy is saved as {' or '.join(layouts)}, not as {layout}")
+        state = merged_state(self) if layout else self.state_dict()
+        stats = self.stats or {}
+        checkpoints.write_checkpoint(Path(folder), layout, self.config, stats, state, self.tokenizer, self.source)
+
+
+def add_lora(policy: Policy) -> None:
+    """LoRA (arXiv 2106.09685) in float32 on every linear layer that a loss reaches, but the heads and lm_head."""
+    if lora_layers(policy):
+        return
+    from peft import LoraConfig, inject_adapter_in_model  # here, as only full-size fine-tuning needs it
+
+    linear = [name for name, layer in policy.named_modules() if isinstance(layer, nn.Linear)]
+    without = (*HEADS, *policy.UNTRAINED)
+    names = [name for name in linear if not name.startswith(without) and not name.endswith("lm_head")]
+    inject_adapter_in_model(LoraConfig(**LORA, target_modules=names), policy)
+    for name, weight in policy.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+
+
+def lora_layers(policy: Policy) -> dict[str, nn.Module]:
+    """The layers that have adapters, by name."""
+    return {name: layer for name, layer in policy.named_modules() if hasattr(layer, "lora_A")}
+
+
+def merged_state(policy: Policy) -> dict[str, torch.Tensor]:
+    """The state_dict without adapters: added to the weights that they adapt."""
+    state = {name: tensor for name, tensor in policy.state_dict().items() if "lora_" not in name}
+    for name, layer in lora_layers(policy).items():
+        weight = layer.base_layer.weight
+        merged = weight.float() + layer.get_delta_weight("default").float()
+        state[f"{name}.base_layer.weight"] = merged.to(weight.dtype)
+    return state
 
 
 # ---- pi0.5 ------------------------------------------------------------------------------------------------------
 
-PALIGEMMA = "paligemma_with_expert.paligemma."
-LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
-EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
-
 
 class Prefix(NamedTuple):
-    """The VLM's view of an observation: per layer keys and values after RoPE [B,kv heads,P,head_dim]; validity [B,P],
-    None when nothing is padded; mean of its last features [B,width] (or None)."""
-    kv: list
-    mask: torch.Tensor | None
-    feature: torch.Tensor | None
+    """The VLM's view of an observation of P tokens."""
+
+    kv: list  # per layer keys and values after RoPE [B,kv heads,P,head_dim]
+    mask: torch.Tensor | None  # validity [B,P], None when nothing is padded
+    feature: torch.Tensor | None  # the mean of its last features [B,width], where it was asked for
 
 
 class AdaRMSNorm(nn.Module):
@@ -399,7 +414,7 @@ class AdaRMSNorm(nn.Module):
         nn.init.zeros_(self.dense.weight)
         self.dense.bias.data = torch.cat([torch.zeros(2 * width), torch.ones(width)])
 
-    def forward(self, x, cond):
+    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [B,K,H,width], cond [B or 1,K,1,width] -> normed x, gate (float32)"""
         scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype)).float().chunk(3, -1)
         x32 = x.float()
@@ -411,99 +426,104 @@ def rope_table(positions: torch.Tensor, cfg: dict) -> tuple[torch.Tensor, torch.
     """positions [B or 1,T] -> cos, sin [B or 1,T,1,head_dim]"""
     half = torch.arange(0, cfg["head_dim"], 2, device=positions.device, dtype=torch.float32)
     angle = positions[..., None].float() * 1e4 ** (-half / cfg["head_dim"])
-    return tuple(f.repeat(1, 1, 2)[:, :, None] for f in (angle.cos(), angle.sin()))
+    angle = angle.repeat(1, 1, 2)[:, :, None]
+    return angle.cos(), angle.sin()
 
 
-def rotate(x, rope):
+def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """RoPE on x [B,T,heads,head_dim]."""
     return x * rope[0].type_as(x) + rotate_half(x) * rope[1].type_as(x)
 
 
 def gemma(cfg: dict, ada: bool) -> nn.ModuleDict:
     """A Gemma stack's parameters under transformers' names; its forward is `Pi05.layer`."""
-    hf = GemmaConfig(hidden_size=cfg["width"], intermediate_size=cfg["mlp_dim"], num_attention_heads=cfg["num_heads"],
-                     num_key_value_heads=cfg["num_kv_heads"], head_dim=cfg["head_dim"],
-                     hidden_act=cfg.get("hidden_act", "gelu_pytorch_tanh"))
+    sizes = dict(hidden_size=cfg["width"], intermediate_size=cfg["mlp_dim"], head_dim=cfg["head_dim"])
+    heads = dict(num_attention_heads=cfg["num_heads"], num_key_value_heads=cfg["num_kv_heads"])
+    hf = GemmaConfig(**sizes, **heads, hidden_act=cfg.get("hidden_act", "gelu_pytorch_tanh"))
     layers = nn.ModuleList(GemmaDecoderLayer(hf, i) for i in range(cfg["depth"]))
     for layer in layers if ada else ():
-        layer.input_layernorm, layer.post_attention_layernorm = (AdaRMSNorm(cfg["width"]) for _ in range(2))
-    return box(layers=layers, norm=(AdaRMSNorm if ada else GemmaRMSNorm)(cfg["width"]))
+        layer.input_layernorm = AdaRMSNorm(cfg["width"])
+        layer.post_attention_layernorm = AdaRMSNorm(cfg["width"])
+    norm = AdaRMSNorm(cfg["width"]) if ada else GemmaRMSNorm(cfg["width"])
+    return nn.ModuleDict({"layers": layers, "norm": norm})
 
 
 class Pi05(Policy):
     """pi0.5 (openpi's PyTorch model and key names) with Flow-Noise exploration (piRL, arXiv 2510.25889; RLinf) and
-    a value head on the mean VLM prefix feature."""
+    a value head on the mean VLM prefix feature. In shapes, K chunks are denoised at once, of H actions in D dimensions,
+    of which the robot has the first 7."""
 
-    LAYOUTS, TOKENIZER, FROZEN = ("openpi", "lerobot"), "google/paligemma-3b-pt-224", (PALIGEMMA,)
+    PART, FROZEN = "expert", (PALIGEMMA,)
     FLOAT32 = ("action_", "time_mlp", "embeddings.", "input_layernorm", "post_attention_layernorm", "model.norm")
 
     def __init__(self, config: dict, stats: dict | None, tokenizer: Tokenizer | None):
         super().__init__(config, stats, tokenizer)
         vision, vlm, expert = config["vision"], config["vlm"], config["action_expert"]
-        self.action_dim, self.num_steps, self.noise_std = config["action_dim"], config["num_steps"], config["noise_std"]
+        self.action_dim: int = config["action_dim"]
+        self.num_steps: int = config["num_steps"]  # of denoising
+        self.noise_std: list[float] = config["noise_std"]  # bounds of the exploration, in normalised actions
 
         siglip = SiglipVisionConfig(**{"hidden_act": "gelu_pytorch_tanh", **vision})
         siglip._attn_implementation = "sdpa"
-        tower = box(embeddings=SiglipVisionEmbeddings(siglip), encoder=SiglipEncoder(siglip),
-                    post_layernorm=nn.LayerNorm(vision["hidden_size"], siglip.layer_norm_eps))
-        del tower.embeddings.position_ids  # in no checkpoint, so it could not come back from the meta device
+        embeddings, encoder = SiglipVisionEmbeddings(siglip), SiglipEncoder(siglip)
+        del embeddings.position_ids  # in no checkpoint, so it could not come back from the meta device
+        norm = nn.LayerNorm(vision["hidden_size"], siglip.layer_norm_eps)
+        tower = nn.ModuleDict({"embeddings": embeddings, "encoder": encoder, "post_layernorm": norm})
         language_model = gemma(vlm, ada=False)
         language_model["embed_tokens"] = nn.Embedding(vlm["vocab_size"], vlm["width"])
-        self.paligemma_with_expert = box(
-            paligemma=box(
-                model=box(vision_tower=box(vision_model=tower),
-                          multi_modal_projector=box(linear=nn.Linear(vision["hidden_size"], vlm["width"])),
-                          language_model=language_model),
-                lm_head=nn.Linear(vlm["width"], vlm["vocab_size"], bias=False)),
-            gemma_expert=box(model=gemma(expert, ada=True),
-                             lm_head=nn.Linear(expert["width"], vlm["vocab_size"], bias=False)))
+        model = {
+            "vision_tower": nn.ModuleDict({"vision_model": tower}),
+            "multi_modal_projector": nn.ModuleDict({"linear": nn.Linear(vision["hidden_size"], vlm["width"])}),
+            "language_model": language_model,
+        }
+        paligemma = nn.ModuleDict({"model": nn.ModuleDict(model)})
+        paligemma["lm_head"] = nn.Linear(vlm["width"], vlm["vocab_size"], bias=False)
+        gemma_expert = nn.ModuleDict({"model": gemma(expert, ada=True)})
+        gemma_expert["lm_head"] = nn.Linear(expert["width"], vlm["vocab_size"], bias=False)
+        self.paligemma_with_expert = nn.ModuleDict({"paligemma": paligemma, "gemma_expert": gemma_expert})
         self.tie()
         self.action_in_proj = nn.Linear(self.action_dim, expert["width"])
         self.action_out_proj = nn.Linear(expert["width"], self.action_dim)
-        self.time_mlp_in, self.time_mlp_out = (nn.Linear(expert["width"], expert["width"]) for _ in range(2))
+        self.time_mlp_in = nn.Linear(expert["width"], expert["width"])
+        self.time_mlp_out = nn.Linear(expert["width"], expert["width"])
         self.value_head = mlp([vlm["width"], *config["value_hidden"], 1], nn.ReLU)
         self.noise_head = mlp([expert["width"], 128, 64, self.action_dim], nn.Tanh)
+        # The expert reads the VLM's last keys and values, so what follows them there reaches no loss.
         last = PALIGEMMA + f"model.language_model.layers.{vlm['depth'] - 1}."
-        parts = "self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm"
-        self.UNTRAINED = ("paligemma_with_expert.gemma_expert.lm_head", LM_HEAD, PALIGEMMA + "model.language_model.norm",
-                          *(last + part for part in parts))
-        self.freeze("all")
+        after = ("self_attn.q_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")
+        unused = ("paligemma_with_expert.gemma_expert.lm_head", LM_HEAD, PALIGEMMA + "model.language_model.norm")
+        self.UNTRAINED = (*unused, *(last + part for part in after))
+        self.set_trainable("all")
 
     @property
-    def vlm(self):
+    def vlm(self) -> nn.ModuleDict:
         return self.paligemma_with_expert.paligemma.model
 
     def tie(self) -> None:
+        """One tensor embeds words and predicts them, as published."""
         self.paligemma_with_expert.paligemma.lm_head.weight = self.vlm.language_model.embed_tokens.weight
 
-    def init_scratch(self) -> None:
-        """Initial weights of a new model. What was measured to matter: torch's default lets position embeddings drown
-        the pixels and leaves attention uniform; twice the query and key weights halve the error after 200 steps."""
-        e, words = self.vlm.vision_tower.vision_model.embeddings, self.vlm.language_model.embed_tokens.weight
-        nn.init.normal_(e.position_embedding.weight, std=e.embed_dim**-0.5)
-        nn.init.normal_(e.patch_embedding.weight, std=(3 * e.patch_size**2) ** -0.5)
-        nn.init.normal_(words, std=words.shape[1] ** -0.5)
-        init_numbers(words, [self.tokenizer.token_to_id(f" {i}") for i in range(-1, 256)])
-        for name, p in self.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")) and "vision_tower" not in name:
-                p.mul_(2)
-
     @staticmethod
-    def attend(q, k, v, mask):
-        """q [B,T,heads,d], k and v [B,kv heads,S,d], mask [B or 1,T,S] bool or None -> [B,T,heads*d].
-        Query heads that share a key head are folded into the query dimension, so keys are never repeated."""
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """q [B,T,heads,d], k and v [B,kv heads,S,d], mask [B or 1,T,S] bool or None -> [B,T,heads*d]."""
         B, T, heads, d = q.shape
-        groups = heads // k.shape[1]
-        q = q.view(B, T, k.shape[1], groups, d).transpose(1, 2).reshape(B, k.shape[1], T * groups, d)
-        mask = None if mask is None else mask.repeat_interleave(groups, 1)[:, None]
+        kv_heads = k.shape[1]
+        groups = heads // kv_heads
+        # Query heads that share a key head become more queries of it: [B,kv heads,T*groups,d]. The keys of the long
+        # prefix are then read as they are; to repeat them for every head would copy them in each layer.
+        q = q.view(B, T, kv_heads, groups, d).transpose(1, 2).reshape(B, kv_heads, T * groups, d)
+        if mask is not None:
+            mask = mask.repeat_interleave(groups, 1)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.view(B, k.shape[1], T, groups, d).transpose(1, 2).reshape(B, T, heads * d)
+        return out.view(B, kv_heads, T, groups, d).transpose(1, 2).reshape(B, T, heads * d)
 
     def layer(self, layer, x, rope, past=None, mask=None, cond=None, kv_only=False):
         """One Gemma layer of either stream on x [B,...,width], whose inner dimensions are tokens; `past` keys and
-        values come first. -> the new x, this layer's own keys and values."""
+        values come first. -> the new x (None with kv_only), this layer's own keys and values."""
         attn, B, d = layer.self_attn, len(x), layer.self_attn.head_dim
-        plain = cond is None  # the VLM's norms, which have no gate
+        # The expert's norms also give a gate on what the layer adds to x. It is float32, and so is the sum, which
+        # type_as then rounds once. The VLM's norms have no gate.
+        plain = cond is None
         h, gate = (layer.input_layernorm(x), 1) if plain else layer.input_layernorm(x, cond)
         k = rotate(attn.k_proj(h).view(B, -1, attn.config.num_key_value_heads, d), rope).transpose(1, 2)
         v = attn.v_proj(h).view(B, k.shape[2], -1, d).transpose(1, 2)
@@ -525,7 +545,7 @@ class Pi05(Policy):
             x = self.run(layer, x, None)
         return projector(tower.post_layernorm(x).to(projector.weight.dtype))
 
-    def embed_prefix(self, images, image_masks, tokens, token_masks):
+    def embed_prefix(self, images, image_masks, tokens, token_masks) -> tuple[torch.Tensor, torch.Tensor]:
         """images [N,B,3,S,S] in [-1,1], image_masks [N,B], tokens and token_masks [B,T] -> embeddings [B,P,width],
         mask [B,P]. The towers see only cameras that are present; a camera that is absent everywhere takes no tokens."""
         keep = image_masks.any(1)
@@ -537,43 +557,57 @@ class Pi05(Policy):
         mask = torch.cat([*image_masks[:, :, None].expand(-1, -1, patches.shape[2]), token_masks], 1)
         return torch.cat([*patches.to(words.dtype), words * words.shape[-1] ** 0.5], 1), mask
 
-    def prefix(self, x, mask, feature: bool) -> Prefix:
+    def prefix(self, x: torch.Tensor, mask: torch.Tensor, feature: bool) -> Prefix:
         """The VLM over prefix embeddings [B,P,width] with validity [B,P]; `feature` also runs the last layer's
         attention and MLP, which only the value head reads: without gradient, because the critic's early, large ones
         would tear the prefix (as the last layer is in no loss, it stays as it is)."""
-        positions, visible = torch.arange(x.shape[1], device=x.device)[None], None
-        if not (full := mask.all()):
-            positions, visible = mask.cumsum(1) - 1, mask[:, None].expand(-1, x.shape[1], -1)
-        rope, kv, mean, vlm = rope_table(positions, self.config["vlm"]), [], None, self.vlm.language_model
-        for layer in vlm.layers:
-            inputs = layer, x, rope, None, visible
-            x, own = self.run(self.layer, *inputs, kv_only=layer is vlm.layers[-1])
+        padded = not mask.all()
+        positions = mask.cumsum(1) - 1 if padded else torch.arange(x.shape[1], device=x.device)[None]
+        visible = mask[:, None].expand(-1, x.shape[1], -1) if padded else None  # attention without a mask is faster
+        rope = rope_table(positions, self.config["vlm"])
+        vlm = self.vlm.language_model
+        *layers, last = vlm.layers
+        kv = []
+        for layer in layers:
+            x, own = self.run(self.layer, layer, x, rope, None, visible)
             kv.append(own)
+        kv.append(self.run(self.layer, last, x, rope, None, visible, kv_only=True)[1])
+        mean = None
         if feature:
             with torch.no_grad():
-                x = vlm.norm(self.layer(*inputs)[0]).float()
-                mean = x.mean(1) if full else (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        return Prefix(kv, None if full else mask, mean)
+                x = vlm.norm(self.layer(last, x, rope, None, visible)[0]).float()
+                mean = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) if padded else x.mean(1)
+        return Prefix(kv, mask if padded else None, mean)
 
-    def velocity(self, x: torch.Tensor, t: torch.Tensor, prefix: Prefix):
+    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
+        """Flow times [B or 1,K] -> what the expert's norms are conditioned on [B or 1,K,1,width]"""
+        short, long = self.config.get("min_period", 4e-3), self.config.get("max_period", 4.0)
+        fraction = torch.linspace(0, 1, self.time_mlp_in.in_features // 2, dtype=torch.float64, device=t.device)
+        period = short * (long / short) ** fraction
+        angle = t.double()[..., None] * 2 * math.pi / period  # float32 would move the velocity by 1e-4
+        cond = torch.cat([angle.sin(), angle.cos()], -1).to(self.time_mlp_in.weight.dtype)
+        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(cond))))[:, :, None]
+
+    def velocity(self, x: torch.Tensor, t: torch.Tensor, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
         """K noisy chunks per observation in one pass: x [B,K,H,D] at flow times t [B or 1,K] (1 = noise) ->
         velocity [B,K,H,D] and the expert's features [B,K,H,width], both float32. The K chunks share the prefix's keys
         and do not see each other."""
-        cfg, expert = self.config["action_expert"], self.paligemma_with_expert.gemma_expert.model
-        (_, K, H, _), device = x.shape, x.device
-        short, long = self.config.get("min_period", 4e-3), self.config.get("max_period", 4.0)
-        period = short * (long / short) ** torch.linspace(0, 1, cfg["width"] // 2, dtype=torch.float64, device=device)
-        angle = t.double()[..., None] * 2 * math.pi / period  # float32 would move the velocity by 1e-4
-        cond = torch.cat([angle.sin(), angle.cos()], -1).to(self.time_mlp_in.weight.dtype)
-        cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(cond))))[:, :, None]
-
-        seen, mask = prefix.mask, None
+        expert = self.paligemma_with_expert.gemma_expert.model
+        _, K, H, _ = x.shape
+        cond = self.embed_time(t)
+        seen = prefix.mask
         if seen is None:
-            seen = torch.ones(1, prefix.kv[0][0].shape[2], dtype=torch.bool, device=device)
-        rope = rope_table(seen.sum(1, keepdim=True) + torch.arange(H, device=device).repeat(K), cfg)
+            seen = torch.ones(1, prefix.kv[0][0].shape[2], dtype=torch.bool, device=x.device)
+        # Each of the K chunks has the positions that follow the prefix, as if it were alone.
+        positions = seen.sum(1, keepdim=True) + torch.arange(H, device=x.device).repeat(K)
+        rope = rope_table(positions, self.config["action_expert"])
+        mask = None
         if K > 1 or prefix.mask is not None:
-            own = torch.arange(K, device=device).repeat_interleave(H)
-            own = (own[:, None] == own).expand(len(seen), -1, -1)
+            #            prefix  chunk 1  chunk 2     who sees whom, in blocks of H rows; of H columns, but for
+            #   chunk 1   valid     1        0        the prefix, of which each sees what is no padding
+            #   chunk 2   valid     0        1
+            chunk = torch.arange(K, device=x.device).repeat_interleave(H)
+            own = (chunk[:, None] == chunk).expand(len(seen), -1, -1)
             mask = torch.cat([seen[:, None].expand(-1, K * H, -1), own], 2)
         h = self.action_in_proj(x.to(self.action_in_proj.weight.dtype)).to(expert.layers[0].mlp.up_proj.weight.dtype)
         for layer, past in zip(expert.layers, prefix.kv):
@@ -586,11 +620,12 @@ class Pi05(Policy):
         state = normalize(obs["state"].float().cpu(), self.stat("observation.state")).numpy()
         texts = [pi05_prompt(p, s) for p, s in zip(obs["prompt"], state)]
         rows = [[2, *ids][: self.config["max_token_len"]] for ids in self.encode_text(texts)]  # PaliGemma's BOS
-        return self.pad_tokens(rows, "right", 0)
+        return pad_tokens(rows, "right", 0, self.device)
 
-    def observe(self, obs: dict, feature: bool) -> Prefix:
+    def encode_prefix(self, obs: dict, feature: bool) -> Prefix:
+        """What `encode` kept, or else the VLM's work on an observation."""
         if "prefix_kv" in obs:
-            kv, mask, mean = (obs[f"prefix_{k}"].to(self.device) for k in ("kv", "mask", "feature"))
+            kv, mask, mean = (obs[f"prefix_{part}"].to(self.device) for part in ("kv", "mask", "feature"))
             return Prefix([layer.unbind(1) for layer in kv.unbind(1)], None if mask.all() else mask, mean)
         image = obs["image"].to(self.device)
         image = (image[:, None] if image.ndim == 4 else image).transpose(0, 1)
@@ -603,96 +638,105 @@ class Pi05(Policy):
 
     @torch.no_grad()
     def encode(self, obs: dict) -> dict:
-        """obs plus the frozen prefix: prefix_kv [B,layers,2,kv heads,P,head_dim], prefix_mask [B,P], prefix_feature."""
+        # prefix_kv [B,layers,2,kv heads,P,head_dim], prefix_mask [B,P], prefix_feature [B,width]
         if not self.frozen_prefix or "prefix_kv" in obs:
             return obs
-        p = self.observe(obs, feature=True)
-        kv = torch.stack([torch.stack(layer, 1) for layer in p.kv], 1)
-        mask = kv.new_ones(len(kv), kv.shape[-2]).bool() if p.mask is None else p.mask
-        return {**obs, "prefix_kv": kv, "prefix_mask": mask, "prefix_feature": p.feature}
+        prefix = self.encode_prefix(obs, feature=True)
+        kv = torch.stack([torch.stack(layer, 1) for layer in prefix.kv], 1)
+        mask = kv.new_ones(len(kv), kv.shape[-2]).bool() if prefix.mask is None else prefix.mask
+        return {**obs, "prefix_kv": kv, "prefix_mask": mask, "prefix_feature": prefix.feature}
 
     def sft_loss(self, batch: dict, reduce: bool = True) -> torch.Tensor:
         """Flow-matching MSE (pi0.5 eq. 1), the mean over the unpadded steps, all action dimensions and `loss_draws`
-        (time, noise) draws that share one prefix; a scalar, or [B] with reduce=False."""
+        (time, noise) draws that share one prefix."""
         action = normalize(batch["action"].float().to(self.device), self.stat("action"))
         action = F.pad(action, (0, self.action_dim - action.shape[-1]))[:, None]
         B, K = len(action), self.config["loss_draws"]
         noise = torch.randn(B, K, *action.shape[2:], device=self.device)
         t = torch.rand(B, K, device=self.device) ** (1 / 1.5) * 0.999 + 0.001  # Beta(1.5, 1), squeezed off t = 0
-        loss = self.flow_loss(action, noise, t, self.observe(batch, feature=False)).mean((1, 3))
+        loss = self.flow_loss(action, noise, t, self.encode_prefix(batch, feature=False)).mean((1, 3))
         return masked_mean(loss, ~batch["action_is_pad"].to(self.device), reduce)
 
-    def flow_loss(self, action, noise, t, prefix) -> torch.Tensor:
+    def flow_loss(self, action: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, prefix: Prefix) -> torch.Tensor:
         """Squared error of the velocity [B,K,H,D], unreduced; t = 1 is noise."""
         s = t[..., None, None]
-        return (noise - action - self.velocity(s * noise + (1 - s) * action, t, prefix)[0]).square()
+        velocity, _ = self.velocity(s * noise + (1 - s) * action, t, prefix)
+        return (noise - action - velocity).square()
 
     @property
-    def live(self) -> list[int]:
+    def moving_dims(self) -> list[int]:
         """Action dimensions that the data moves. Exploring the others would change nothing but the gradient's noise."""
         stats = self.stat("action")
         return [i for i, (low, high) in enumerate(zip(stats["q01"], stats["q99"])) if high > low]
 
     def explored(self, x: torch.Tensor) -> torch.Tensor:
         """The part of [...,H,D] that is executed and moves something; only it is explored and scored."""
-        return x[..., : self.chunk, :][..., self.live]
+        return x[..., : self.chunk, :][..., self.moving_dims]
 
     def flow_std(self, feature: torch.Tensor) -> torch.Tensor:
         """The learned exploration std, log-squashed between the bounds of noise_std, in normalised action units."""
         low, high = (math.log(s) for s in self.noise_std)
         return self.explored((low + (high - low) * (self.noise_head(feature).tanh() + 1) / 2).exp())
 
-    def chain_logprob(self, chain: torch.Tensor, prefix: Prefix):
-        """A denoising chain [B,K+1,H,D] -> log-probability [B], joint over its K+1 Gaussians (the initial noise
-        included) and the executed chunk's dimensions, divided by K+1; entropy [B], the mean over all of these (piRL;
-        RLinf's joint_logprob)."""
-        K = chain.shape[1] - 1
-        v, feature = self.velocity(chain[:, :-1], 1 - torch.arange(K, device=chain.device)[None] / K, prefix)
-        mean, std = self.explored(chain[:, :-1] - v / K), self.flow_std(feature)
-        start, nxt = self.explored(chain[:, 0]), self.explored(chain[:, 1:])
-        logprob = (-((nxt - mean) / std).square() / 2 - std.log()).sum((1, 2, 3)) - start.square().sum((1, 2)) / 2
-        dims = (K + 1) * start[0].numel()
-        logprob = logprob - dims * math.log(2 * math.pi) / 2
-        entropy = std.log().sum((1, 2, 3)) / dims + math.log(2 * math.pi * math.e) / 2
-        return logprob / (K + 1), entropy
-
     def denoise(self, x: torch.Tensor, prefix: Prefix, steps: int, sample: bool = False) -> torch.Tensor:
         """Euler integration from x [B,H,D] at t = 1 to t = 0 -> the chain [B,steps+1,H,D]; `sample` adds Flow-Noise."""
-        chain, t = [x], 1 - torch.arange(steps, device=x.device)[None] / steps
+        chain = [x]
+        t = 1 - torch.arange(steps, device=x.device)[None] / steps
         for k in range(steps):
             v, feature = self.velocity(x[:, None], t[:, k : k + 1], prefix)
             x = x - v[:, 0] / steps
             if sample:
                 std = self.flow_std(feature[:, 0])
-                x[:, : self.chunk][..., self.live] += std * torch.randn_like(std)
+                executed = x[:, : self.chunk]  # a view of x
+                executed[..., self.moving_dims] += std * torch.randn_like(std)
             chain.append(x)
         return torch.stack(chain, 1)
 
+    def chain_logprob(self, chain: torch.Tensor, prefix: Prefix) -> tuple[torch.Tensor, torch.Tensor]:
+        """A denoising chain [B,K+1,H,D] -> log-probability [B], joint over its K+1 Gaussians (the initial noise
+        included) and the executed chunk's dimensions, divided by K+1; entropy [B], the mean over all of these (piRL;
+        RLinf's joint_logprob). Where the horizon is longer than the chunk, this is the log-probability of the executed
+        rows at each step given all rows of the step before. The others are denoised without noise and not scored;
+        they feed the executed rows' velocity, and that an update moves them too is not in the ratio. (RLinf's code
+        draws noise for all rows and all dimensions, and scores the executed ones alone.)"""
+        K = chain.shape[1] - 1
+        t = 1 - torch.arange(K, device=chain.device)[None] / K
+        v, feature = self.velocity(chain[:, :-1], t, prefix)
+        start, reached = self.explored(chain[:, 0]), self.explored(chain[:, 1:])
+        mean, std = self.explored(chain[:, :-1] - v / K), self.flow_std(feature)
+        # log N(x; mean, std) = -((x - mean) / std)^2 / 2 - log(std) - log(2 pi) / 2, summed over K steps and the start,
+        # which is N(0, 1); the terms log(2 pi) / 2 of all come last.
+        logprob = (-((reached - mean) / std).square() / 2 - std.log()).sum((1, 2, 3)) - start.square().sum((1, 2)) / 2
+        dims = (K + 1) * start[0].numel()
+        logprob = logprob - dims * math.log(2 * math.pi) / 2
+        # entropy of N(mean, std) = log(std) + log(2 pi e) / 2; the start's log(std) is 0
+        entropy = std.log().sum((1, 2, 3)) / dims + math.log(2 * math.pi * math.e) / 2
+        return logprob / (K + 1), entropy
+
     @torch.no_grad()
     def act(self, obs: dict, sample: bool) -> Decision:
-        """Denoise from Gaussian noise; sample=True explores with Flow-Noise and takes the log-probability from the same
-        batched pass as `evaluate`, so that their ratio is exactly 1."""
-        prefix, stats = self.observe(obs, feature=True), self.stat("action")
+        prefix = self.encode_prefix(obs, feature=True)
+        stats = self.stat("action")
         noise = torch.randn(len(prefix.feature), self.horizon, self.action_dim, device=self.device)
         chain = self.denoise(noise, prefix, self.num_steps, sample)
         value = self.value_head(prefix.feature).squeeze(-1)
+        # Not summed up while denoising: one batched pass, as in `evaluate`, rounds differently from single steps.
         logprob = self.chain_logprob(chain, prefix)[0] if sample else torch.zeros_like(value)
         actions = chain[:, -1, : self.chunk, : len(stats["q01"])]
         return Decision(unnormalize(actions, stats), chain, logprob, value)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:
-        """Value [B] of observations that nothing is done in: to bootstrap from the end of a rollout."""
-        return self.value_head(self.observe(obs, feature=True).feature).squeeze(-1)
+        return self.value_head(self.encode_prefix(obs, feature=True).feature).squeeze(-1)
 
-    def evaluate(self, obs: dict, latent: torch.Tensor):
-        """logprob [B], entropy [B], value [B] of the chains [B,K+1,H,D] that `act` returned."""
-        prefix = self.observe(obs, feature=True)
+    def evaluate(self, obs: dict, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        prefix = self.encode_prefix(obs, feature=True)
         logprob, entropy = self.chain_logprob(latent.to(self.device), prefix)
         return logprob, entropy, self.value_head(prefix.feature).squeeze(-1)
 
 
 # ---- OpenVLA ----------------------------------------------------------------------------------------------------
+
 
 class ViTBlock(nn.Module):
     """A pre-norm block under timm's names: OpenVLA's checkpoints and LoRA adapters have one fused qkv, which
@@ -701,12 +745,15 @@ class ViTBlock(nn.Module):
     def __init__(self, dim: int, heads: int, hidden: int, scaled: bool):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
-        self.attn = box(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim))
-        self.mlp = box(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim))
-        self.ls1, self.ls2 = (nn.ParameterDict({"scale_factor": torch.ones(dim)} if scaled else {}) for _ in range(2))
+        self.norm1 = nn.LayerNorm(dim, 1e-6)
+        self.norm2 = nn.LayerNorm(dim, 1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
+        # DINOv2 scales what a block adds, SigLIP does not.
+        self.ls1 = nn.ParameterDict({"scale_factor": torch.ones(dim)} if scaled else {})
+        self.ls2 = nn.ParameterDict({"scale_factor": torch.ones(dim)} if scaled else {})
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = x + (y * self.ls1.scale_factor if self.ls1 else y)
@@ -717,18 +764,24 @@ class ViTBlock(nn.Module):
 def vit(cfg: dict, size: int, patch: int) -> nn.ModuleDict:
     """DINOv2 with registers, or (without "reg_tokens") SigLIP; the latter's unused pooling head included."""
     dim, hidden, registers = cfg["embed_dim"], cfg["mlp_hidden"], cfg.get("reg_tokens")
-    tower = box(patch_embed=box(proj=nn.Conv2d(3, dim, patch, patch)),
-                blocks=nn.ModuleList(ViTBlock(dim, cfg["num_heads"], hidden, bool(registers))
-                                     for _ in range(cfg["depth"])),
-                norm=nn.LayerNorm(dim, 1e-6))
+    tower = nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch, patch)})})
+    blocks = (ViTBlock(dim, cfg["num_heads"], hidden, scaled=bool(registers)) for _ in range(cfg["depth"]))
+    tower["blocks"] = nn.ModuleList(blocks)
+    tower["norm"] = nn.LayerNorm(dim, 1e-6)
     tower.pos_embed = nn.Parameter(torch.randn(1, (size // patch) ** 2, dim) * 0.02)
     if registers:
         tower.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         tower.reg_token = nn.Parameter(torch.zeros(1, registers, dim))
     else:
-        tower["attn_pool"] = box(q=nn.Linear(dim, dim), kv=nn.Linear(dim, 2 * dim), proj=nn.Linear(dim, dim),
-                                 norm=nn.LayerNorm(dim, 1e-6),
-                                 mlp=box(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
+        tower["attn_pool"] = nn.ModuleDict(
+            {
+                "q": nn.Linear(dim, dim),
+                "kv": nn.Linear(dim, 2 * dim),
+                "proj": nn.Linear(dim, dim),
+                "norm": nn.LayerNorm(dim, 1e-6),
+                "mlp": nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)}),
+            }
+        )
         tower.attn_pool.latent = nn.Parameter(torch.zeros(1, 1, dim))
     return tower
 
@@ -737,8 +790,7 @@ class OpenVLA(Policy):
     """OpenVLA (arXiv 2406.09246): fused DINOv2 and SigLIP patches after BOS, Llama, 7 action tokens an action. RL as in
     RL4VLA and RLinf: everything is about the softmax over the 256 action tokens only. Predicts `chunk` actions."""
 
-    LAYOUTS, TOKENIZER = ("openvla",), "openvla/openvla-7b"
-    FROZEN, FLOAT32 = ("vision_backbone.", "projector."), ()
+    PART, FROZEN, FLOAT32 = "llm", ("vision_backbone.", "projector."), ()
     # ImageNet's and SigLIP's constants, rounded to bfloat16 as the released processor has them
     MEAN = ((0.484375, 0.455078125, 0.40625), (0.5, 0.5, 0.5))
     STD = ((0.228515625, 0.2236328125, 0.224609375), (0.5, 0.5, 0.5))
@@ -748,38 +800,26 @@ class OpenVLA(Policy):
         super().__init__(config, stats, tokenizer)
         dino, siglip, llm = config["dino"], config["siglip"], config["llm"]
         fused, width = dino["embed_dim"] + siglip["embed_dim"], llm["hidden_size"]
-        self.vocab, self.tokens_per_action = config["real_vocab_size"], config["action_dim"]
-        self.vision_backbone = box(featurizer=vit(dino, config["image_size"], config["patch_size"]),
-                                   fused_featurizer=vit(siglip, config["image_size"], config["patch_size"]))
-        self.projector = box(fc1=nn.Linear(fused, 4 * fused), fc2=nn.Linear(4 * fused, width),
-                             fc3=nn.Linear(width, width))
+        self.vocab: int = config["real_vocab_size"]  # without padding rows; the last 256 are the action tokens
+        self.tokens_per_action: int = config["action_dim"]
+        towers = {"featurizer": dino, "fused_featurizer": siglip}
+        size, patch = config["image_size"], config["patch_size"]
+        self.vision_backbone = nn.ModuleDict({name: vit(cfg, size, patch) for name, cfg in towers.items()})
+        widths = {"fc1": (fused, 4 * fused), "fc2": (4 * fused, width), "fc3": (width, width)}
+        self.projector = nn.ModuleDict({name: nn.Linear(*sizes) for name, sizes in widths.items()})
         rope = {"rope_type": "default", "rope_theta": llm.get("rope_theta", 1e4)}
-        self.llama = LlamaConfig(**{k: v for k, v in llm.items() if k != "rope_theta"}, rope_parameters=rope,
-                                 attn_implementation="sdpa")
-        self.language_model = box(model=LlamaModel(self.llama),
-                                  lm_head=nn.Linear(width, llm["vocab_size"], bias=False))
+        settings = {key: value for key, value in llm.items() if key != "rope_theta"}
+        self.llama = LlamaConfig(**settings, rope_parameters=rope, attn_implementation="sdpa")
+        self.language_model = nn.ModuleDict({"model": LlamaModel(self.llama)})
+        self.language_model["lm_head"] = nn.Linear(width, llm["vocab_size"], bias=False)
         self.value_head = mlp([width, *config["value_hidden"], 1], nn.GELU, bias_last=False)
+        # The features are those of the second-to-last block.
         self.UNTRAINED = tuple(
-            f"vision_backbone.{name}.{part}." for name, cfg in (("featurizer", dino), ("fused_featurizer", siglip))
-            for part in (f"blocks.{cfg['depth'] - 1}", "norm", "attn_pool"))
-        self.freeze("all")
-
-    def init_scratch(self) -> None:
-        """Initial weights of a new model; ordered bins get smooth embeddings and output rows. What was measured to
-        matter: with torch's defaults the projected patches are a seventh of the words, and their positions are lost."""
-        for tower in (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer):
-            nn.init.normal_(tower.pos_embed)
-        for fc in self.projector.values():
-            nn.init.normal_(fc.weight, std=(2 / fc.in_features) ** 0.5)
-        words = self.language_model.model.embed_tokens.weight
-        nn.init.normal_(words, std=0.5)
-        for name, m in self.language_model.named_modules():
-            if isinstance(m, nn.Linear):
-                m.reset_parameters()
-                if name.endswith(("q_proj", "k_proj")):
-                    m.weight.mul_(2)
-        for weight in (words, self.language_model.lm_head.weight):
-            init_numbers(weight, list(range(self.vocab - 256, self.vocab)))
+            f"vision_backbone.{name}.{part}."
+            for name, cfg in towers.items()
+            for part in (f"blocks.{cfg['depth'] - 1}", "norm", "attn_pool")
+        )
+        self.set_trainable("all")
 
     def embed_patches(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [B,H,W,3] -> projected patches [B,P,width]"""
@@ -791,18 +831,20 @@ class OpenVLA(Policy):
     def project(self, *images: torch.Tensor) -> torch.Tensor:
         """Normalised images [B,3,S,S] for DINOv2 and for SigLIP -> projected patches [B,P,width]; the features are
         those of the second-to-last block, without a norm."""
-        features, p = [], self.projector
-        for tower, x in zip((self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer), images):
-            x = tower.patch_embed.proj(x.to(tower.pos_embed.dtype)).flatten(2).transpose(1, 2) + tower.pos_embed
+        features = []
+        for tower, image in zip(self.vision_backbone.values(), images):
+            x = tower.patch_embed.proj(image.to(tower.pos_embed.dtype)).flatten(2).transpose(1, 2) + tower.pos_embed
             patches = x.shape[1]
             if hasattr(tower, "cls_token"):
-                x = torch.cat([*(t.expand(len(x), -1, -1) for t in (tower.cls_token, tower.reg_token)), x], 1)
+                extra = [token.expand(len(x), -1, -1) for token in (tower.cls_token, tower.reg_token)]
+                x = torch.cat([*extra, x], 1)
             for block in tower.blocks[:-1]:
                 x = self.run(block, x)
             features.append(x[:, -patches:])
+        p = self.projector
         return p.fc3(F.gelu(p.fc2(F.gelu(p.fc1(torch.cat(features, -1))))))
 
-    def hidden(self, patches, ids, mask, cache: bool = False):
+    def hidden(self, patches: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, cache: bool = False):
         """Llama on [BOS, patches, the rest of ids [B,T]] where mask [B,T] is True; padding lies before the prompt, so
         the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm), mask."""
         model = self.language_model.model
@@ -832,10 +874,11 @@ class OpenVLA(Policy):
         """ids and validity [B,T]: BOS, padding to the longest of the batch, prompt, the lone blank before actions."""
         texts = [f"In: What action should the robot take to {p.lower()}?\nOut:" for p in obs["prompt"]]
         rows = [[*ids, self.config["empty_token_id"]] for ids in self.encode_text(texts)]
-        ids, mask = self.pad_tokens(rows, "left", self.config["pad_token_id"])
+        ids, mask = pad_tokens(rows, "left", self.config["pad_token_id"], self.device)
         return F.pad(ids, (1, 0), value=self.config["bos_token_id"]), F.pad(mask, (1, 0), value=True)
 
     def patches(self, obs: dict) -> torch.Tensor:
+        """Projected patches [B,P,width], from `encode` or anew."""
         if "patches" in obs:
             return obs["patches"].to(self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix):
@@ -843,396 +886,184 @@ class OpenVLA(Policy):
 
     @torch.no_grad()
     def encode(self, obs: dict) -> dict:
-        """obs plus the frozen towers' output: patches [B,P,width]."""
         return {**obs, "patches": self.patches(obs)} if self.frozen_prefix else obs
 
     def teacher_forced(self, obs: dict, tokens: torch.Tensor) -> torch.Tensor:
         """Hidden states [B,n+1,width] that predict tokens [B,n] and what follows them."""
+        n = tokens.shape[1]
         ids, mask = self.prompt(obs)
-        ids, mask = torch.cat([ids, tokens], 1), F.pad(mask, (0, tokens.shape[1]), value=True)
-        return self.hidden(self.patches(obs), ids, mask)[0].last_hidden_state[:, -tokens.shape[1] - 1 :]
+        ids, mask = torch.cat([ids, tokens], 1), F.pad(mask, (0, n), value=True)
+        out, _ = self.hidden(self.patches(obs), ids, mask)
+        return out.last_hidden_state[:, -n - 1 :]
 
-    def masked(self, actions: torch.Tensor) -> torch.Tensor:
+    def normalised_dims(self, actions: torch.Tensor) -> torch.Tensor:
         """[7] True where statistics normalise; not the gripper of published ones, 0 closed .. 1 open there."""
         return torch.tensor(self.stat("action").get("mask", [True] * actions.shape[-1]), device=actions.device)
 
     def sft_loss(self, batch: dict, reduce: bool = True) -> torch.Tensor:
         """Token cross-entropy over the whole vocabulary, the mean over the unpadded actions' tokens (and the end token
-        of published models); a scalar, or [B] with reduce=False."""
+        of published models)."""
         action = batch["action"].float().to(self.device)
-        action = torch.where(self.masked(action), normalize(action, self.stat("action"), 1e-8), (action + 1) / 2)
+        normalised = normalize(action, self.stat("action"), 1e-8)
+        action = torch.where(self.normalised_dims(action), normalised, (action + 1) / 2)
         keep = ~batch["action_is_pad"].to(self.device).repeat_interleave(self.tokens_per_action, 1)
         return self.token_loss(batch, self.to_tokens(action).flatten(1), keep, reduce)
 
-    def token_loss(self, obs: dict, target, keep, reduce: bool = True) -> torch.Tensor:
+    def token_loss(self, obs: dict, target: torch.Tensor, keep: torch.Tensor, reduce: bool = True) -> torch.Tensor:
         """Cross-entropy of target tokens [B,n] where keep [B,n]."""
         if self.config["predict_stop_token"]:
-            target, keep = F.pad(target, (0, 1), value=self.config["eos_token_id"]), F.pad(keep, (0, 1), value=True)
+            target = F.pad(target, (0, 1), value=self.config["eos_token_id"])
+            keep = F.pad(keep, (0, 1), value=True)
         logits = self.language_model.lm_head(self.teacher_forced(obs, target[:, :-1])).float()
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
         return masked_mean(loss, keep, reduce)
 
     @torch.no_grad()
     def act(self, obs: dict, sample: bool) -> Decision:
-        """Decode `chunk` actions with the key-value cache from the action tokens' softmax: sample=True explores at
-        config's `temperature` and takes the log-probability from `evaluate` itself, so that their ratio is exactly 1 in
-        any precision; sample=False is at `eval_temperature`, 0 being greedy."""
+        """Decodes with the key-value cache, from the action tokens' softmax at config's `temperature`, or without
+        sampling at its `eval_temperature`, 0 being greedy."""
         temperature = self.config["temperature" if sample else "eval_temperature"]
         obs = {**obs, "patches": self.patches(obs)}
         out, mask = self.hidden(obs["patches"], *self.prompt(obs), cache=True)
-        value, tokens = self.value_head(out.last_hidden_state[:, -1].float()).squeeze(-1), []
+        value = self.value_head(out.last_hidden_state[:, -1].float()).squeeze(-1)
+        tokens = []
         while len(tokens) < self.chunk * self.tokens_per_action:
             if tokens:
-                mask = None if mask is None else F.pad(mask, (0, 1), value=1)
-                position = None if mask is None else mask.sum(1, keepdim=True) - 1
-                out = self.language_model.model(tokens[-1], attention_mask=mask, position_ids=position, use_cache=True,
-                                                past_key_values=out.past_key_values)
+                position = None
+                if mask is not None:
+                    mask = F.pad(mask, (0, 1), value=1)
+                    position = mask.sum(1, keepdim=True) - 1
+                past = dict(past_key_values=out.past_key_values, use_cache=True)
+                out = self.language_model.model(tokens[-1], attention_mask=mask, position_ids=position, **past)
             logits = self.action_logits(out.last_hidden_state[:, -1])
-            pick = (torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else
-                    logits.argmax(-1, keepdim=True))
+            if temperature:
+                pick = torch.multinomial((logits / temperature).softmax(-1), 1)
+            else:
+                pick = logits.argmax(-1, keepdim=True)
             tokens.append(self.vocab - 256 + pick)
-        tokens, logprob = torch.cat(tokens, 1), torch.zeros_like(value)
-        if sample:
+        tokens = torch.cat(tokens, 1)
+        logprob = torch.zeros_like(value)
+        if sample:  # in bfloat16, decoding token by token gives log-probabilities that are off by about 1e-2
             logprob, _, value = self.evaluate(obs, tokens)
-        raw, stats = self.to_actions(tokens).unflatten(1, (self.chunk, -1)), self.stat("action")
-        actions = torch.where(self.masked(raw), unnormalize(raw, stats, 0), (raw > 0.5).to(raw) * 2 - 1)
+        raw = self.to_actions(tokens).unflatten(1, (self.chunk, -1))
+        gripper = (raw > 0.5).to(raw) * 2 - 1
+        actions = torch.where(self.normalised_dims(raw), unnormalize(raw, self.stat("action"), 0), gripper)
         return Decision(actions.float(), tokens, logprob, value)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:
-        """Value [B] of observations that nothing is done in: to bootstrap from the end of a rollout."""
         out, _ = self.hidden(self.patches(obs), *self.prompt(obs))
         return self.value_head(out.last_hidden_state[:, -1].float())[:, 0]
 
-    def evaluate(self, obs: dict, latent: torch.Tensor):
-        """Action tokens [B,C*7] -> logprob [B] (an action's is the sum over its tokens, the chunk's the mean over its
-        actions, as pi0.5's is over its denoising steps), entropy [B] (the mean over tokens), value [B], in one
-        teacher-forced pass."""
+    def evaluate(self, obs: dict, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """An action's log-probability is the sum over its tokens, the chunk's the mean over its actions, as pi0.5's is
+        over its denoising steps; the entropy is the mean over tokens. One teacher-forced pass."""
         latent = latent.to(self.device)
         hidden = self.teacher_forced(obs, latent[:, :-1])
         logp = (self.action_logits(hidden) / self.config["temperature"]).log_softmax(-1)
         logprob = logp.gather(-1, (latent - (self.vocab - 256))[..., None])[..., 0].sum(1) / self.chunk
-        return logprob, -(logp.exp() * logp).sum(-1).mean(1), self.value_head(hidden[:, 0].float())[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1).mean(1)
+        return logprob, entropy, self.value_head(hidden[:, 0].float())[:, 0]
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------
-
-OPENPI_STATS = {"observation.state": "state", "action": "actions"}
-OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
-LEROBOT_CONFIG = {"chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
-                  "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
-OPENVLA_CONFIG = {
-    "architectures": ["OpenVLAForActionPrediction"], "model_type": "openvla", "n_action_bins": 256,
-    "arch_specifier": "no-align+fused-gelu-mlp", "output_projector_states": False, "llm_max_length": 2048,
-    "auto_map": {"AutoConfig": "configuration_prismatic.OpenVLAConfig",
-                 "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction"},
-    "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure",
-    "use_fused_vision_backbone": True, "image_resize_strategy": "resize-naive",
-}
-RENAMES = ((r"^model\.(?=paligemma_with_expert|action_|time_mlp)", ""),  # lerobot
-           (r"^value_head\.mlp\.", "value_head."),  # RLinf
-           (r"^value_head\.head_l(\d)", lambda m: f"value_head.{2 * int(m[1]) - 2}"),  # RL4VLA
-           (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1", lambda m: f"noise_head.{2 * int(m[1])}"))
+# ---- new and saved policies -------------------------------------------------------------------------------------
 
 
-def load_policy(name: str | Path, stats: dict | None = None, dtype: torch.dtype | None = None, device: str = "cpu",
-                **overrides) -> Policy:
+def load_policy(
+    name: str | Path,
+    stats: dict | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    **overrides,
+) -> Policy:
     """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
     RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content. `stats` replaces the statistics found there; `dtype`
     converts on load, but for what trains badly in bfloat16 (FLOAT32; None keeps the file's); `overrides` replace
     settings of its config (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics).
-    FileNotFoundError or ValueError say in one line what is wrong, naming every key that is missing, unexpected or of
-    another shape."""
-    if preset := str(name) in PRESETS:
+    UserError says in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
+    if str(name) in PRESETS:
         if Path(name).is_dir():
-            raise ValueError(f"{name} is a preset and a folder here: ./{name} is the folder; rename it for the preset")
-        config, tokenizer = PRESETS[str(name)], small_tokenizer()
-    else:
-        folder = Path(name)
-        if not folder.is_dir():
-            try:
-                files = ["*.safetensors*", "*.json", "*.py", "*.model"]
-                folder = Path(snapshot_download(str(name), allow_patterns=files))
-            except Exception as error:
-                raise FileNotFoundError(f"{name} is no preset ({', '.join(PRESETS)}) and no folder, and the Hub gives "
-                                        f"no such model ({type(error).__name__})") from None
-        tensors = read_tensors(folder)
-        config, file = read_config(folder, tensors), folder / "tokenizer.json"
-        tokenizer = read_file(file) if file.is_file() else None
-    if unknown := set(overrides) - set(config) - {"unnorm_key"}:
-        raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(config))}")
-    config = {**config, **overrides}
-    with torch.device(device if preset else "meta"):
-        policy = (Pi05 if config["type"] == "pi05" else OpenVLA)(config, stats, tokenizer)
-    if not preset:
-        policy.stats, policy.source = stats or read_stats(folder, config), folder
-        load_weights(policy, tensors, dtype, device)
+            raise UserError(f"{name} is a preset and a folder here: ./{name} is the folder; rename it for the preset")
+        policy = build(name, PRESETS[str(name)], overrides, small_tokenizer(), device)
+        policy.stats = stats
+        if policy.device.type != "meta":
+            init_scratch(policy)
+        for parameter_name, weight in policy.named_parameters():
+            weight.data = weight.data.to(policy.device, policy.dtype_of(parameter_name, dtype))
         return policy
-    if policy.device.type != "meta":
-        with torch.no_grad():
-            policy.init_scratch()
-    for n, p in policy.named_parameters():
-        p.data = p.data.to(policy.device, policy.dtype_of(n, dtype))
+    folder = checkpoints.find_folder(name, PRESETS)
+    tensors = checkpoints.read_tensors(folder)
+    config = checkpoints.read_config(folder, tensors, PRESETS)
+    policy = build(name, config, overrides, checkpoints.read_tokenizer(folder), "meta")
+    policy.stats = stats or checkpoints.read_stats(folder, policy.config)
+    policy.source = folder
+    load_weights(policy, tensors, dtype, device)
     return policy
 
 
-def load_weights(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str) -> None:
+def build(name: str | Path, config: dict, overrides: dict, tokenizer: Tokenizer | None, device) -> Policy:
+    """The policy that a config describes, its weights not yet set."""
+    unknown = set(overrides) - set(config) - {"unnorm_key"}
+    if unknown:
+        raise UserError(f"{name} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(config))}")
+    family = {"pi05": Pi05, "openvla": OpenVLA}[config["type"]]
+    with torch.device(device):
+        return family({**config, **overrides}, None, tokenizer)
+
+
+def load_weights(policy: Policy, tensors: dict, dtype: torch.dtype | None, device: str | torch.device) -> None:
     """Put checkpoint tensors into a policy on the meta device, one at a time and without a second copy."""
-    if any("lora_" in k for k in tensors):
-        policy.add_lora()
-    for owner in policy.lora_layers():
-        for leaf in ("weight", "bias"):
-            if f"{owner}.{leaf}" in tensors:
-                tensors[f"{owner}.base_layer.{leaf}"] = tensors.pop(f"{owner}.{leaf}")
-    if pi05 := isinstance(policy, Pi05):
-        tensors = {LM_HEAD: tensors.get(EMBED), EMBED: tensors.get(LM_HEAD), **tensors}
-    want = policy.state_dict()
-    fresh = {k for k in want if k.startswith(HEADS) and k not in tensors}  # published checkpoints have none
-    problems = {"missing": [k for k in want if k not in tensors and k not in fresh],
-                "unexpected": [k for k in tensors if k not in want],
-                "of another shape": [f"{k} {list(tensors[k].shape)} instead of {list(v.shape)}"
-                                     for k, v in want.items() if k in tensors and tensors[k].shape != v.shape]}
-    if any(problems.values()):
-        raise ValueError(f"{policy.source} does not fit its configuration: "
-                         + "; ".join(f"{len(v)} {k}: {by_layer(v)}" for k, v in problems.items() if v))
-    if tied := pi05 and torch.equal(tensors[LM_HEAD], tensors[EMBED]):
+    if any("lora_" in name for name in tensors):
+        add_lora(policy)
+    tensors = checkpoints.match_tensors(policy.source, tensors, policy.state_dict())
+    tied = LM_HEAD in tensors and torch.equal(tensors[LM_HEAD], tensors[EMBED])
+    if tied:
         del tensors[LM_HEAD]
-    for k, v in tensors.items():  # copied: file mappings are not aligned as CPU kernels want, and files change
-        tensors[k] = v.to(device, policy.dtype_of(k, dtype), copy=True)
+    for name, tensor in tensors.items():  # copied: file mappings are not aligned as CPU kernels want, and files change
+        tensors[name] = tensor.to(device, policy.dtype_of(name, dtype), copy=True)
     policy.load_state_dict(tensors, strict=False, assign=True)
-    for name, m in policy.named_modules():
-        if f"{name}.weight" in fresh:
-            m.to_empty(device=device).reset_parameters()
+    for name, layer in policy.named_modules():
+        if name.startswith(HEADS) and f"{name}.weight" not in tensors and isinstance(layer, nn.Linear):
+            layer.to_empty(device=device).reset_parameters()  # a published checkpoint has none
     if tied:
         policy.tie()
-    if not pi05:  # its rotary frequencies are in no checkpoint
+    if isinstance(policy, OpenVLA):  # its rotary frequencies are in no checkpoint
         policy.language_model.model.rotary_emb = LlamaRotaryEmbedding(policy.llama).to(device)
 
 
-def by_layer(keys: list[str]) -> str:
-    """All keys, in a readable few: those that differ in the layer's number alone as one (layers.{3..29}.mlp.weight)."""
-    layers = {}
-    for key in keys:
-        head, *rest = re.split(r"(?<=\.)(\d+)(?=\.)", key, maxsplit=1)
-        layers.setdefault((head, *rest[1:]), []).extend(rest[:1])
-    def short(n: list[str]) -> str:
-        run = len(n) > 2 and int(n[-1]) - int(n[0]) == len(n) - 1
-        return "{" + (f"{n[0]}..{n[-1]}" if run else ",".join(n)) + "}" if len(n) > 1 else "".join(n)
-    return ", ".join(short(n).join(parts) for parts, n in layers.items())
+def init_numbers(weight: torch.Tensor, ids: list[int]) -> None:
+    """Sinusoids of the rank as the rows `ids` of weight [V,width], at its scale: a model from scratch then sees that
+    neighbouring bins are alike instead of learning 256 of them one by one."""
+    angle = torch.arange(len(ids))[:, None] * 2 * math.pi / torch.logspace(math.log10(8), 3, weight.shape[1] // 2)
+    weight[ids] = torch.cat([angle.sin(), angle.cos()], 1).to(weight) * 2**0.5 * weight.std()
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold weights; none if it is no checkpoint."""
-    files = [f for f in sorted(folder.glob("*.safetensors")) if "processor" not in f.name]
-    steps = sorted(folder.glob("**/full_weights.pt"))  # of RLinf's trainer
-    if not files and len(steps) > 1:
-        raise ValueError(f"{folder} has {len(steps)} checkpoints: name the folder of one, such as {steps[-1].parent}")
-    return files or steps
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a folder, mapped from disk, under our names."""
-    tensors = {}
-    for file in weight_files(folder):
-        tensors |= read_file(file)
-    if not tensors:
-        raise FileNotFoundError(f"{folder} has no *.safetensors file: it is no checkpoint")
-    for pattern, to in RENAMES:
-        tensors = {re.sub(pattern, to, k): v for k, v in tensors.items()}
-    return {k: v for k, v in tensors.items() if not k.startswith("noise_head.logvar_")}  # ours: config's noise_std
-
-
-def read_file(file: Path):
-    """What a file of a checkpoint holds, or one line that names it."""
-    try:
-        if file.name == "tokenizer.json":
-            return Tokenizer.from_file(str(file))
-        if file.suffix == ".json":
-            if not isinstance(content := json.loads(file.read_text()), dict):
-                raise ValueError("no JSON object")
-            return content
-        if file.suffix == ".pt":
-            return torch.load(file, "cpu", mmap=True, weights_only=True)
-        return load_file(file)
-    except Exception as error:  # the libraries have no narrower one
-        raise ValueError(f"{file} is unreadable ({error}): copy or save it again") from None
-
-
-def read_config(folder: Path, tensors: dict) -> dict:
-    """Our settings from any layout's config; the family is told by the key names."""
-    files = [f for f in (folder / "rlco.json", folder / "config.json") if f.is_file()]
-    raw = read_file(files[0]) if files else {}
-    hidden = [len(v) for k, v in sorted(tensors.items()) if re.fullmatch(r"value_head\.\d\.weight", k)]
-    lost = ("config.json" if not files and (folder / "heads.safetensors").is_file() else
-            "heads.safetensors" if "value_hidden" in raw and not hidden else None)  # only our own say value_hidden
-    if lost:
-        raise FileNotFoundError(f"{folder} has lost its {lost}: copy it again")
-    if (words := tensors.get(EMBED, tensors.get(LM_HEAD))) is not None:
-        config, extra = PRESETS["pi05"], ("min_period", "max_period")
-        raw |= {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
-        raw["vlm"] = {**raw.get("vlm", config["vlm"]), "vocab_size": len(words)}
-    elif "projector.fc1.weight" in tensors:
-        config, extra = PRESETS["openvla-7b"], ("norm_stats", "unnorm_key")
-        if (file := folder / "dataset_statistics.json").is_file():  # of its fine-tuning: these count there, too
-            raw["norm_stats"] = read_file(file)
-        if (text := raw.get("text_config")) and "llm" not in raw:
-            theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
-            raw["llm"] = {**config["llm"], **text, "rope_theta": theta}
-            raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
-        keys = (*config["llm"], "attention_bias", "mlp_bias", "head_dim", "hidden_act")
-        raw["llm"] = {k: v for k, v in raw.get("llm", config["llm"]).items() if k in keys}
-    else:
-        raise ValueError(f"the *.safetensors in {folder} are neither pi0.5's (no {LM_HEAD}) nor OpenVLA's (no "
-                         "projector.fc1.weight): is model.safetensors missing?")
-    config = {**config, **{k: v for k, v in raw.items() if k in (*config, *extra)}, "type": config["type"]}
-    return {**config, "value_hidden": hidden[:-1] or config["value_hidden"],
-            "chunk": min(config["chunk"], config["action_horizon"])}
-
-
-def read_stats(folder: Path, config: dict) -> dict:
-    """Statistics in LeRobot's form from whichever file the layout keeps them in; an unnorm_key goes before these, and
-    chooses where there are several sets."""
-    stats, key = {}, config.get("unnorm_key")
-    sets = {k: {"action": v["action"]} for k, v in (config.get("norm_stats") or {}).items() if "action" in v}
-    for file in sorted(folder.glob("policy_preprocessor*.safetensors")):  # lerobot
-        for name, value in read_file(file).items():
-            feature, _, kind = name.rpartition(".")
-            stats.setdefault(feature, {})[kind] = value.flatten().tolist()
-    for file in sorted(folder.glob("**/norm_stats.json")):  # openpi, RLinf
-        theirs = read_file(file).get("norm_stats", {})
-        sets[file.parent.name] = {o: theirs[t] for o, t in OPENPI_STATS.items() if t in theirs}
-    if (file := folder / "stats.json").is_file():  # ours
-        stats = read_file(file)
-    elif len(sets) == 1:
-        key = next(iter(sets))
-    if key and key not in sets:
-        raise ValueError(f"{folder} has no statistics {key}; unnorm_key can be {', '.join(sorted(sets))}")
-    return stats | (sets[key] if key else {})
-
-
-def export(policy: Policy, tensors: dict, folder: Path, layout: str | None) -> tuple[dict, dict]:
-    """Weights and config.json as others' code wants them; writes the statistics where it looks for them."""
-    stats = policy.stats or {}
-    config = {k: v for k, v in policy.config.items() if k != "value_hidden" or not layout}  # it promises heads
-    if config["type"] == "openvla":
-        sets, key = dict(config.get("norm_stats") or {}), config.get("unnorm_key") or "rlco"
-        if "action" in stats:
-            sets[key] = {**sets.get(key, {}), "action": stats["action"]}
-        if (file := folder / "dataset_statistics.json").is_file():  # goes before config.json's
-            write_file(file, sets)
-        return tensors, {
-            **OPENVLA_CONFIG, **config, "norm_stats": sets,
-            "text_config": {**config["llm"], "model_type": "llama", "pad_token_id": config["pad_token_id"]},
-            "pad_to_multiple_of": config["llm"]["vocab_size"] - config["real_vocab_size"]}
-    tied = tensors[LM_HEAD].data_ptr() == tensors[EMBED].data_ptr()
-    if layout == "lerobot":
-        write_file(folder / "rlco.json", config)
-        tensors = {f"model.{k}": v.clone() if k == LM_HEAD and tied else v for k, v in tensors.items()}
-        return tensors, lerobot_config(policy, folder)
-    if tied:
-        del tensors[EMBED]  # openpi's loader wants a tied tensor once, under this name
-    theirs = {t: {k: stats[o][k] for k in ("mean", "std", "q01", "q99") if k in stats[o]}
-              for o, t in OPENPI_STATS.items() if o in stats}
-    for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
-        write_file(file, {"norm_stats": theirs})
-    return tensors, {**OPENPI_CONFIG, **config}
-
-
-def lerobot_config(policy: Pi05, folder: Path) -> dict:
-    """Write lerobot's two processor pipelines, which hold the statistics; returns its config.json."""
-    config, stats = policy.config, {k: v for k, v in (policy.stats or {}).items() if k in OPENPI_STATS}
-    size, dims = config["vision"]["image_size"], {k: len(v["q01"]) for k, v in stats.items()}
-    flat = {f"{f}.{k}": torch.tensor(v, dtype=torch.float32) for f, s in stats.items() for k, v in s.items()}
-    inputs = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, size, size]}}
-    if stats:
-        inputs["observation.state"] = {"type": "STATE", "shape": [dims["observation.state"]]}
-    outputs = {"action": {"type": "ACTION", "shape": [dims.get("action", policy.action_dim)]}}
-    modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
-    text = {"max_length": config["max_token_len"], "task_key": "task", "padding_side": "right",
-            "padding": "max_length", "truncation": True, "tokenizer_name": policy.TOKENIZER}
-    device = ("device_processor", {"device": "cpu", "float_dtype": None})
-    for name, steps in {
-        "policy_preprocessor": [("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {}),
-                                ("normalizer_processor", {"features": {**inputs, **outputs}, "norm_map": modes}),
-                                ("pi05_prepare_state_tokenizer_processor_step", {}),
-                                ("tokenizer_processor", text), device],
-        "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": modes}), device]}.items():
-        entries = [{"registry_name": n, "config": c} for n, c in steps]
-        for i, entry in enumerate(entries):
-            if "normalizer" in entry["registry_name"] and flat:
-                entry["state_file"] = f"{name}_step_{i}_{entry['registry_name']}.safetensors"
-                write_file(folder / entry["state_file"], flat)
-        write_file(folder / f"{name}.json", {"name": name, "steps": entries})
-    return {"type": "pi05", **OPENPI_CONFIG, **{t: config[o] for t, o in LEROBOT_CONFIG.items()},
-            "image_resolution": [size, size], "normalization_mapping": modes, "input_features": inputs,
-            "output_features": outputs}
-
-
-# ---- python policy.py bench -------------------------------------------------------------------------------------
-
-class AsPublished(Pi05):
-    """The same numbers, computed as the public PyTorch code does: three cameras of which two are masked, a prompt
-    padded to its limit, a loop over the denoising steps, eager attention on repeated keys."""
-
-    def embed_prefix(self, images, image_masks, tokens, token_masks):
-        pad = (0, self.config["max_token_len"] - tokens.shape[1])
-        patches = self.embed_images(torch.cat([images[0], *[-torch.ones_like(images[0])] * 2])).chunk(3)
-        words = self.vlm.language_model.embed_tokens(F.pad(tokens, pad))
-        real = torch.arange(3, device=words.device).repeat_interleave(patches[0].shape[1]) == 0
-        return (torch.cat([*patches, words * words.shape[-1] ** 0.5], 1),
-                torch.cat([real.expand(len(tokens), -1), F.pad(token_masks, pad)], 1))
-
-    def velocity(self, x, t, prefix):
-        steps = [super(AsPublished, self).velocity(x[:, k, None], t[:, k, None], prefix) for k in range(x.shape[1])]
-        return tuple(torch.cat(parts, 1) for parts in zip(*steps))
-
-    @staticmethod
-    def attend(q, k, v, mask):
-        k, v = (x.repeat_interleave(q.shape[2] // x.shape[1], 1) for x in (k, v))
-        scores = q.transpose(1, 2) @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~mask[:, None], -2.3819763e38).softmax(-1, torch.float32).type_as(v)
-        return (scores @ v).transpose(1, 2).flatten(2)
-
-
-def bench(depth: int = 4, batch: int = 2, repeats: int = 3, device: str = "cpu", bf16: bool = False) -> None:
-    """Throughput of pi0.5's PPO update (evaluate and backward) here and `AsPublished`, on the same weights.
-
-    Args:
-        depth: layers kept of each of the three transformers, at full width; 0 keeps all (the fewer, the more the word
-            table's gradient, the same both ways, hides the ratio)
-        batch: observations in an update
-        repeats: timed updates
-        device: cpu or cuda
-        bf16: weights in bfloat16
-    """
-    sizes = {k: dict(PRESETS["pi05"][k]) for k in ("vision", "vlm", "action_expert")}
-    for cfg, key in zip(sizes.values(), ("num_hidden_layers", "depth", "depth")):
-        cfg[key] = depth or cfg[key]
-    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
-    policy = load_policy("pi05", {"observation.state": one, "action": one}, torch.bfloat16 if bf16 else None, device,
-                         **sizes)
-    obs = {"image": torch.randint(0, 256, (batch, 224, 224, 3), dtype=torch.uint8),
-           "state": torch.rand(batch, 7) * 2 - 1, "prompt": ["push the cube to the target"] * batch}
-    chain, rates = policy.act(obs, sample=True).latent, {}
-    for way, policy.__class__, attention in (("here", Pi05, "sdpa"), ("as published", AsPublished, "eager")):
-        policy.vlm.vision_tower.vision_model.encoder.config._attn_implementation = attention
-        for train in ("all", "expert"):
-            policy.freeze(train)
-            for i in range(repeats + 1):  # the first warms up
-                start = time.perf_counter() if i < 2 else start
-                logprob, _, value = policy.evaluate(obs, chain)
-                (logprob + value).mean().backward()
-                policy.zero_grad()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-            rates[way, train] = repeats * batch / (time.perf_counter() - start)
-            print(f"{way:13} {train:7} {rates[way, train]:8.3f} samples/s   logprob {logprob.mean().item():.4f}")
-    for train in ("all", "expert"):
-        print(f"update of {train}: {rates['here', train] / rates['as published', train]:.1f} times the published way's")
-
-
-if __name__ == "__main__":
-    import tyro
-    if sys.argv[1:2] != ["bench"]:
-        raise SystemExit("usage: python policy.py bench [--help]")
-    tyro.cli(bench, args=sys.argv[2:])
+@torch.no_grad()
+def init_scratch(policy: Policy) -> None:
+    """Initial weights of a new model, whose ordered bins get smooth embeddings. What was measured to matter: torch's
+    defaults let pi0.5's position embeddings drown the pixels and leave attention uniform (twice the query and key
+    weights halve the error after 200 steps), and make OpenVLA's projected patches a seventh of the words."""
+    if isinstance(policy, Pi05):
+        vision = policy.vlm.vision_tower.vision_model.embeddings
+        words = policy.vlm.language_model.embed_tokens.weight
+        nn.init.normal_(vision.position_embedding.weight, std=vision.embed_dim**-0.5)
+        nn.init.normal_(vision.patch_embedding.weight, std=(3 * vision.patch_size**2) ** -0.5)
+        nn.init.normal_(words, std=words.shape[1] ** -0.5)
+        init_numbers(words, [policy.tokenizer.token_to_id(f" {i}") for i in range(-1, 256)])
+        for name, weight in policy.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")) and "vision_tower" not in name:
+                weight.mul_(2)
+        return
+    for tower in policy.vision_backbone.values():
+        nn.init.normal_(tower.pos_embed)
+    for layer in policy.projector.values():
+        nn.init.normal_(layer.weight, std=(2 / layer.in_features) ** 0.5)
+    words = policy.language_model.model.embed_tokens.weight
+    nn.init.normal_(words, std=0.5)
+    for name, layer in policy.language_model.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+            if name.endswith(("q_proj", "k_proj")):
+                layer.weight.mul_(2)
+    for weight in (words, policy.language_model.lm_head.weight):
+        init_numbers(weight, list(range(policy.vocab - 256, policy.vocab)))

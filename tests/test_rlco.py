@@ -6,8 +6,10 @@ import torch
 import train_rlco
 from policy import load_policy
 
-STATS = {"observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
-         "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [-1.0]}}
+STATS = {
+    "observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
+    "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [-1.0]},
+}
 ARGS = SimpleNamespace(clip=0.2, value_clip=0.2, huber_delta=10.0, value_coef=0.5, entropy_coef=0.01, beta=0.7)
 
 
@@ -54,12 +56,23 @@ def policy(request):
 
 
 def make_rollout(policy, n=6):
-    obs = dict(image=torch.randint(0, 256, (n, 64, 64, 3), dtype=torch.uint8), state=torch.rand(n, 7) - 0.5,
-               prompt=["push the cube to the target"] * n)
+    obs = dict(
+        image=torch.randint(0, 256, (n, 64, 64, 3), dtype=torch.uint8),
+        state=torch.rand(n, 7) - 0.5,
+        prompt=["push the cube to the target"] * n,
+    )
     decision = policy.act(obs, sample=True)
-    rollout = dict(obs=obs, latent=decision.latent, logprob=decision.logprob, value=decision.value,
-                   advantage=torch.randn(n), returns=torch.randn(n))
-    real = dict(obs, action=torch.rand(n, policy.horizon, 7) * 0.02, action_is_pad=torch.zeros(n, policy.horizon).bool())
+    rollout = dict(
+        obs=obs,
+        latent=decision.latent,
+        logprob=decision.logprob,
+        value=decision.value,
+        advantage=torch.randn(n),
+        returns=torch.randn(n),
+    )
+    real = dict(
+        obs, action=torch.rand(n, policy.horizon, 7) * 0.02, action_is_pad=torch.zeros(n, policy.horizon).bool()
+    )
     return rollout, real
 
 
@@ -101,6 +114,7 @@ def test_the_gradient_with_beta_is_the_sum_of_its_parts(policy):
     def total(beta):
         torch.manual_seed(1)  # the flow times and noise of the imitation loss
         return train_rlco.rlco_loss(policy, rollout, real, SimpleNamespace(**{**vars(ARGS), "beta": beta}))
+
     both = gradient(policy, total(0.7)[0])
     ppo = gradient(policy, total(0.0)[0])
     torch.manual_seed(1)

@@ -1,4 +1,5 @@
 """Every script through its real command line, at tiny size, one after the other as a user runs them."""
+
 import json
 import os
 import shutil
@@ -20,14 +21,21 @@ from policy import HEADS, load_policy
 
 ROOT = Path(__file__).parent.parent
 STAGE_1 = "train_sft.py --steps 6 --batch-size 8 --evaluations 2 --eval-episodes 2 --num-envs 1".split()
-STAGE_2 = ("train_rlco.py --num-envs 1 --minibatch-size 4 --anchor-batch-size 4 --critic-warmup 1 --eval-every 2 "
-           "--eval-episodes 2 --eval-envs 1").split()
+STAGE_2 = (
+    "train_rlco.py --num-envs 1 --minibatch-size 4 --anchor-batch-size 4 --critic-warmup 1 --eval-every 2 "
+    "--eval-episodes 2 --eval-envs 1"
+).split()
 
 
 def run(folder, *command, ok=True):
     """Run a script in `folder` -> its output; when it fails it must do so with one line."""
-    result = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], cwd=folder, capture_output=True,
-                            text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    result = subprocess.run(
+        [sys.executable, str(ROOT / command[0]), *command[1:]],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
     output = result.stdout + result.stderr
     assert (result.returncode == 0) == ok, output
     assert ok or "Traceback" not in output, output
@@ -42,7 +50,7 @@ def folder(tmp_path_factory):
     data = "--real demos/push_cube-standin --real-val demos/push_cube-standin-val".split()
     run(folder, *STAGE_1, "--sim", "demos/push_cube-twin", *data)
     run(folder, *STAGE_2, "--iterations", "2")
-    run(folder, *"eval_real.py --episodes 3 --num-envs 1 --videos 1".split())
+    run(folder, *"eval_real.py standin --episodes 3 --num-envs 1 --videos 1".split())
     return folder
 
 
@@ -56,8 +64,17 @@ def test_both_stages_leave_what_they_promise(folder):
     metrics = json.loads((folder / "runs/rlco/metrics.json").read_text())
     assert [m["iteration"] for m in metrics] == [0, 1, 2]
     assert metrics[0]["loss/anchor"] == 0 and metrics[1]["loss/anchor"] > 0  # the critic warms up first
-    assert {"rollout/success", "rollout/return", "rollout/explained_variance", "loss/approx_kl", "loss/clip_fraction",
-            "loss/entropy", "loss/ppo", "loss/anchor_to_ppo", "time/rollout_steps_per_second"} <= set(metrics[1])
+    assert {
+        "rollout/success",
+        "rollout/return",
+        "rollout/explained_variance",
+        "loss/approx_kl",
+        "loss/clip_fraction",
+        "loss/entropy",
+        "loss/ppo",
+        "loss/anchor_to_ppo",
+        "time/rollout_steps_per_second",
+    } <= set(metrics[1])
     assert "eval/success_standin" in metrics[0] and "eval/real_loss" in metrics[2]
     assert (folder / "runs/rlco/learning_curve.png").stat().st_size > 5000
 
@@ -65,15 +82,22 @@ def test_both_stages_leave_what_they_promise(folder):
 def test_evaluation_repeats_itself(folder):
     first = json.loads((folder / "runs/eval/results.json").read_text())
     assert [(r["policy"], r["domain"]) for r in first["results"]] == [
-        (p, d) for d in ("twin", "standin") for p in ("runs/sft/best", "runs/rlco/best")]
+        (p, d) for d in ("twin", "standin") for p in ("runs/sft/best", "runs/rlco/best")
+    ]
     assert all(len(r["success"]) == 3 for r in first["results"])
-    assert len(list((folder / "runs/eval/videos").glob("*.mp4"))) >= 4 and (folder / "runs/eval/twin_and_standin.mp4").exists()
-    output = run(folder, *"eval_real.py --episodes 3 --num-envs 1 --videos 0 --out again".split())
+    assert (
+        len(list((folder / "runs/eval/videos").glob("*.mp4"))) >= 4
+        and (folder / "runs/eval/twin_and_standin.mp4").exists()
+    )
+    output = run(folder, *"eval_real.py standin --episodes 3 --num-envs 1 --videos 0 --out again".split())
     again = json.loads((folder / "again/results.json").read_text())
     assert first["results"] == again["results"] and first["weights"] == again["weights"]
     assert all(len(digest) == 64 for digest in first["weights"].values())
     assert "not a real robot" in output and "of 3" in output
-    run(folder, *"eval_real.py --episodes 3 --num-envs 1 --videos 0 --out alone --policies runs/rlco/best".split())
+    run(
+        folder,
+        *"eval_real.py standin --episodes 3 --num-envs 1 --videos 0 --out alone --policies runs/rlco/best".split(),
+    )
     alone = json.loads((folder / "alone/results.json").read_text())  # as beside another checkpoint
     assert alone["results"] == [r for r in first["results"] if r["policy"] == "runs/rlco/best"]
 
@@ -98,14 +122,18 @@ def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypa
     monkeypatch.setattr(train_sft.envs, "VecEnv", lambda *_: SimpleNamespace(close=lambda: None))
     result = {"eval/success_twin": 0.5}
     for name, kills in (("straight", 0), ("resumed", 2)):
-        validations = Mock(side_effect=[KeyboardInterrupt, result, KeyboardInterrupt, result] if kills else [result] * 2)
+        validations = Mock(
+            side_effect=[KeyboardInterrupt, result, KeyboardInterrupt, result] if kills else [result] * 2
+        )
         monkeypatch.setattr(train_sft.envs, "validate", validations)
         for attempt in range(kills + 1):
             with pytest.raises(KeyboardInterrupt) if attempt < kills else nullcontext():
                 train_sft.main(train_sft.Args(steps=102, batch_size=2, out=Path(name)))
         assert not list(validations.side_effect)
     assert Path("straight/last/model.safetensors").read_bytes() == Path("resumed/last/model.safetensors").read_bytes()
-    curves = (EventAccumulator(f"{name}/tensorboard").Reload().Scalars("loss/total") for name in ("straight", "resumed"))
+    curves = (
+        EventAccumulator(f"{name}/tensorboard").Reload().Scalars("loss/total") for name in ("straight", "resumed")
+    )
     straight, resumed = ([(e.step, e.value) for e in curve] for curve in curves)
     assert straight == resumed and len(straight) == 5  # the curve has no gap where it was killed, and is there once
 
@@ -113,6 +141,7 @@ def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypa
 class Noise:
     """Environments without a simulator, which show noise: in the second decision of three the first of them succeeds,
     and the time of the second is over."""
+
     max_episode_steps = 12
 
     def __init__(self, task, domain, num_envs):
@@ -123,8 +152,11 @@ class Noise:
         return self.see(self.num_envs)
 
     def see(self, n):
-        return dict(image=torch.randint(0, 256, (n, 64, 64, 3), generator=self.generator, dtype=torch.uint8),
-                    state=torch.rand(n, 7, generator=self.generator), prompt=["push the cube to the target"] * n)
+        return dict(
+            image=torch.randint(0, 256, (n, 64, 64, 3), generator=self.generator, dtype=torch.uint8),
+            state=torch.rand(n, 7, generator=self.generator),
+            prompt=["push the cube to the target"] * n,
+        )
 
     def step(self, actions):
         self.decisions += 1
@@ -152,17 +184,34 @@ def stage_2(folder, tmp_path, monkeypatch):
         if not Path("start", policy).exists():
             torch.manual_seed(0)
             load_policy(policy, stats=stats).save(f"start/{policy}")
-        train_rlco.main(train_rlco.Args(**dict(dict(
-            policy=f"start/{policy}", num_envs=3, minibatch_size=6, anchor_batch_size=2, critic_warmup=0, target_kl=9,
-            iterations=1, out=Path(out)), **settings)))
+        train_rlco.main(
+            train_rlco.Args(
+                **dict(
+                    dict(
+                        policy=f"start/{policy}",
+                        num_envs=3,
+                        minibatch_size=6,
+                        anchor_batch_size=2,
+                        critic_warmup=0,
+                        target_kl=9,
+                        iterations=1,
+                        out=Path(out),
+                    ),
+                    **settings,
+                )
+            )
+        )
         return weights(f"start/{policy}"), weights(f"{out}/last"), json.loads(Path(out, "metrics.json").read_text())
+
     return run
 
 
 @pytest.mark.parametrize("policy", ["tiny-pi05", "tiny-openvla"])
 def test_the_critic_warms_up_alone(stage_2, policy):
     before, after, _ = stage_2(policy, critic_warmup=1)
-    assert {k for k in after if not torch.equal(before[k], after[k])} == {k for k in after if k.startswith("value_head")}
+    assert {k for k in after if not torch.equal(before[k], after[k])} == {
+        k for k in after if k.startswith("value_head")
+    }
 
 
 @pytest.mark.parametrize("policy, train", [("tiny-pi05", "expert"), ("tiny-openvla", "llm"), ("tiny-openvla", "lora")])
@@ -177,7 +226,9 @@ def test_a_resumed_stage_2_ends_where_an_uninterrupted_one_does(stage_2, policy,
         assert changed and all(k.startswith(HEADS) for k in changed) and len(straight) > len(before)
     else:
         assert any("layers" in k for k in changed)
-        assert not any(k.startswith(("paligemma_with_expert.paligemma", "vision_backbone", "projector")) for k in changed)
+        assert not any(
+            k.startswith(("paligemma_with_expert.paligemma", "vision_backbone", "projector")) for k in changed
+        )
 
 
 def test_advantages_are_normalised_and_bootstrap_from_what_was_truncated(stage_2, monkeypatch):
@@ -206,7 +257,9 @@ def test_more_backward_passes_give_the_same_gradient(stage_2, folder, monkeypatc
 
 def test_missing_input_is_one_line_that_says_what_makes_it(folder, tmp_path):
     assert "python train_sft.py" in run(tmp_path, "eval_real.py", ok=False)
-    assert "python data.py" in run(tmp_path, *STAGE_1, "--sim", "nowhere", "--real", "nowhere", "--real-val", "x", ok=False)
+    assert "python data.py" in run(
+        tmp_path, *STAGE_1, "--sim", "nowhere", "--real", "nowhere", "--real-val", "x", ok=False
+    )
     shutil.copytree(folder / "demos", tmp_path / "demos")
     assert "python train_sft.py" in run(tmp_path, *STAGE_2, ok=False)
     assert "can play the robot" in run(folder, *STAGE_1, "--target", "twin", ok=False)
