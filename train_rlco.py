@@ -12,6 +12,7 @@ OUT/last. The same command again resumes a killed run at the iteration that it w
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -129,17 +130,9 @@ def rollout(policy, twin, first_seed: int, decisions: int) -> dict:
             truncated_value[truncated] = policy.value(info["final_obs"]).cpu()
         observations.append(obs)
         latents.append(decision.latent)
-        steps.append(
-            dict(
-                logprob=decision.logprob,
-                value=decision.value,
-                reward=reward,
-                terminated=terminated,
-                truncated=truncated,
-                truncated_value=truncated_value,
-                length=info["length"],
-            )
-        )
+        step = dict(logprob=decision.logprob, value=decision.value, reward=reward, length=info["length"])
+        step |= dict(terminated=terminated, truncated=truncated, truncated_value=truncated_value)
+        steps.append(step)
         obs = next_obs
     columns = {key: torch.stack([step[key] for step in steps]).to(policy.device) for key in steps[0]}
     return dict(columns, obs=concat_obs(observations), latent=torch.cat(latents), last_value=policy.value(obs))
@@ -180,10 +173,9 @@ def rlco_loss(policy, minibatch, real_batch, args):
 
     # The worse of the two: a value that runs away from the one at the time of acting earns nothing by it.
     change = (value - minibatch["value"]).clamp(-args.value_clip, args.value_clip)
-    error = F.huber_loss(value, minibatch["returns"], reduction="none", delta=args.huber_delta)
-    clipped_error = F.huber_loss(
-        minibatch["value"] + change, minibatch["returns"], reduction="none", delta=args.huber_delta
-    )
+    huber = partial(F.huber_loss, target=minibatch["returns"], reduction="none", delta=args.huber_delta)
+    error = huber(value)
+    clipped_error = huber(minibatch["value"] + change)
     value_loss = torch.max(error, clipped_error).mean()
 
     ppo = -surrogate - args.entropy_coef * entropy.mean() + args.value_coef * value_loss
@@ -209,14 +201,9 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, warm
     or if a loss or a gradient is not finite.
     """
     advantage = experience["advantage"]
-    decisions = dict(
-        obs=experience["obs"],
-        latent=experience["latent"],
-        logprob=experience["logprob"].flatten(),
-        value=experience["value"].flatten(),
-        returns=experience["returns"].flatten(),
-        advantage=((advantage - advantage.mean()) / (advantage.std() + 1e-8)).flatten(),
-    )
+    decisions = {key: experience[key].flatten() for key in ("logprob", "value", "returns")}
+    decisions |= dict(obs=experience["obs"], latent=experience["latent"])
+    decisions["advantage"] = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).flatten()
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     critic = list(policy.value_head.parameters())
     history = []  # the losses of each gradient step that was taken
@@ -289,9 +276,8 @@ def main(args: Args):
     if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
 
-    held_out = data.load_dataset(
-        args.real_val or data.demos_path(args.task, args.target, held_out=True), fps=envs.CONTROL_HZ
-    )
+    val_path = args.real_val or data.demos_path(args.task, args.target, held_out=True)
+    held_out = data.load_dataset(val_path, fps=envs.CONTROL_HZ)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
@@ -303,9 +289,8 @@ def main(args: Args):
     optimizer = AdamW(groups, betas=(0.9, 0.95), weight_decay=0)
     real_batches = None
     if args.beta:
-        real = data.load_dataset(
-            args.real or data.demos_path(args.task, args.target), num_episodes=args.num_real, fps=envs.CONTROL_HZ
-        )
+        real_path = args.real or data.demos_path(args.task, args.target)
+        real = data.load_dataset(real_path, num_episodes=args.num_real, fps=envs.CONTROL_HZ)
         real_batches = data.Mixture(real, args.anchor_batch_size // args.accumulate, policy.horizon, args.seed)
     held_out_batch = data.Mixture(held_out, 256, policy.horizon, seed=0)[0]
 
@@ -363,11 +348,8 @@ def main(args: Args):
             updates += log["time/updates"]
             del experience  # before the next rollout: observations are large where they hold the prefix
             log["time/iteration_seconds"] = time.time() - began
-            bar.set_postfix(
-                success=f"{log['rollout/success']:.0%}",
-                kl=f"{log['loss/approx_kl']:.3f}",
-                anchor=f"{log['loss/anchor']:.3f}",
-            )
+            shown = dict(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}")
+            bar.set_postfix(shown, anchor=f"{log['loss/anchor']:.3f}")
             bar.update()
 
         metrics.append(log)
@@ -377,16 +359,9 @@ def main(args: Args):
         stop_if_collapsed(metrics, args)
         checkpoints.write_file(args.out / "metrics.json", metrics)
         policy.save(args.out / "last")
-        checkpoints.save_run(
-            args.out,
-            settings,
-            iteration=min(iteration + 1, args.iterations),
-            updates=updates,
-            best=best,
-            metrics=metrics,
-            policy={n: p.detach() for n, p in policy.named_parameters() if p.requires_grad},
-            optimizer=optimizer.state_dict(),
-        )
+        state = dict(iteration=min(iteration + 1, args.iterations), updates=updates, best=best, metrics=metrics)
+        state["policy"] = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+        checkpoints.save_run(args.out, settings, **state, optimizer=optimizer.state_dict())
 
     plot_run(metrics, args.target, args.out / "learning_curve.png")
     for opened in (bar, writer, twin, target):
@@ -412,33 +387,23 @@ def curve(metrics: list[dict], key: str, scale: float = 1.0) -> list[tuple]:
     return [(m["iteration"], scale * m[key]) for m in metrics if key in m]
 
 
-def plot(panels: dict, path: Path, ylabel: str = "success (%)", xlabel: str = "RL iteration"):
-    """Curves side by side: panels {title: {label: [curve of each training seed]}}; mean, and min to max shaded."""
+def plot_run(metrics: list[dict], target: str, path: Path):
+    """Learning curve of a run: success in the rollouts, and on the validation seeds of the twin and the target."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws into a file: no screen needed
     import matplotlib.pyplot as plt
 
-    size = (2 + 4 * len(panels), 3.5)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for axis, (title, curves) in zip(axes[0], panels.items()):
-        for label, seeds in curves.items():
-            x, y = np.array(seeds, float).transpose(2, 0, 1)
-            axis.plot(x[0], y.mean(0), marker="o", markersize=3, label=label)
-            axis.fill_between(x[0], y.min(0), y.max(0), alpha=0.2)
-        axis.set(title=title, xlabel=xlabel)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0, 0].set(ylabel=ylabel, ylim=(0, None))
-    with checkpoints.whole_file(Path(path)) as temporary:
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    keys = {"twin, exploring": "rollout/success", "twin": "eval/success_twin", target: f"eval/success_{target}"}
+    for label, key in keys.items():
+        axis.plot(*zip(*curve(metrics, key, 100)), marker="o", markersize=3, label=label)
+    axis.set(xlabel="RL iteration", ylabel="success (%)", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    with checkpoints.whole_file(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
-
-
-def plot_run(metrics: list[dict], target: str, path: Path):
-    """Learning curve of a run: success in the rollouts, and on the validation seeds of the twin and the target."""
-    keys = {"twin, exploring": "rollout/success", "twin": "eval/success_twin", target: f"eval/success_{target}"}
-    plot({"": {label: [curve(metrics, key, 100)] for label, key in keys.items()}}, path)
 
 
 if __name__ == "__main__":

@@ -201,15 +201,8 @@ def main(args: Args):
         if step % 100 == 0 or step == args.steps:
             policy.save(args.out / "last")
             writer.flush()
-            checkpoints.save_run(
-                args.out,
-                settings,
-                step=step,
-                best=best,
-                policy=policy.state_dict(),
-                optimizer=optimizer.state_dict(),
-                scheduler=scheduler.state_dict(),
-            )
+            state = dict(step=step, best=best, policy=policy.state_dict(), optimizer=optimizer.state_dict())
+            checkpoints.save_run(args.out, settings, **state, scheduler=scheduler.state_dict())
     for opened in (bar, writer, twin, target):
         opened.close()
     print(

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from checkpoints import UserError, one_line_errors, write_file
+from checkpoints import UserError, one_line_errors, whole_file, write_file
 from envs import TASKS, VARIATIONS
 from eval_real import wilson
-from train_rlco import curve, plot
+from train_rlco import curve
 
 PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
 POLICIES = {"tiny-pi05": "π0.5", "tiny-openvla": "OpenVLA"}
@@ -375,6 +375,29 @@ def unseen_section(raw: Raw, policy: str) -> str:
     if not rows:
         return ""
     return f"## Unseen variations, {POLICIES[policy]}\n\n{table([heading('standin'), *PARADIGMS.values()], rows)}"
+
+
+def plot(panels: dict, path: str, ylabel: str = "success (%)", xlabel: str = "RL iteration") -> None:
+    """Curves side by side: panels {title: {label: [curve of each training seed]}}; mean, and min to max shaded."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into a file: no screen needed
+    import matplotlib.pyplot as plt
+
+    size = (2 + 4 * len(panels), 3.5)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for label, seeds in curves.items():
+            x, y = np.array(seeds, float).transpose(2, 0, 1)
+            axis.plot(x[0], y.mean(0), marker="o", markersize=3, label=label)
+            axis.fill_between(x[0], y.min(0), y.max(0), alpha=0.2)
+        axis.set(title=title, xlabel=xlabel)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0, 0].set(ylabel=ylabel, ylim=(0, None))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
 
 
 def report() -> None:

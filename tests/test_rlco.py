@@ -86,7 +86,7 @@ def test_nothing_has_changed_right_after_acting(policy):
 
 
 def test_the_loss_is_made_of_its_parts_with_their_signs(policy):
-    """And the value loss is clipped PPO's: the larger error of the value and of one that moved by 0.2 at most, Huber's."""
+    """And the value loss is clipped PPO's: the larger Huber error of the value and of one that moved by 0.2 at most."""
     rollout, real = make_rollout(policy)
     value = rollout["value"]
     rollout["value"] = value - torch.tensor([0.5, -0.5, 0.5, -0.5, 0.1, -0.1])  # when the policy acted
