@@ -14,6 +14,7 @@ if __name__ != "__main__":  # a worker renders on its own core: two software ras
 import gc
 import hashlib
 import multiprocessing as mp
+import re
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from mani_skill import PACKAGE_ASSET_DIR
 from mani_skill.agents.controllers.base_controller import BaseController, ControllerConfig
 from mani_skill.agents.robots import Panda
 from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.render import PREBUILT_SHADER_CONFIGS, ShaderConfig
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.geometry.rotation_conversions import euler_angles_to_matrix, matrix_to_euler_angles
@@ -135,14 +137,55 @@ VARIATIONS = ("objects", "positions", "robot")
 UNSEEN_COLOR = (0.10, 0.45, 0.08)
 
 
+# ---- what SAPIEN is given ---------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where edited copies of others' files go, in the user's home and never in site-packages. They are named by their
+    content: never out of date."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlco"
+
+
+def shader_for_cpus() -> ShaderConfig:
+    """SAPIEN's "minimal" shaders without reflections of a surrounding (an environment map), which no scene here has.
+
+    Software rendering compiles their samplers in six seconds of every process, and spends a quarter of a picture on
+    them; pictures are the same to the last bit. Where SAPIEN's text is not the one that is edited here, the stock one.
+    """
+    stock = Path(sapien.__file__).parent / "vulkan_shader/minimal"
+    edits = {
+        r"vec3 (getBackgroundColor|diffuseIBL|specularIBL)\((.*\n)*?}\n": "",
+        r"  vec3 wnormal = (.*\n)*?(?=  color \+= sceneBuffer.ambientLight)": "",
+        r"layout.* (samplerEnvironment|samplerBRDFLUT);\n": "",
+        r"(?<=vec3 bg = ).*;": "vec3(0);",
+        r'(?<=#include ")\.\.': str(stock.parent),
+    }
+    files = {path.name: path.read_text() for path in sorted(stock.iterdir())}
+    for name in files:
+        for pattern, replacement in edits.items():
+            files[name] = re.sub(pattern, replacement, files[name])
+    config = PREBUILT_SHADER_CONFIGS["minimal"]
+    text = "".join(files.values())
+    if re.search("getBackgroundColor|IBL|samplerEnvironment|samplerBRDFLUT", text):
+        return config
+    folder = cache_folder() / f"shaders_{hashlib.sha1(text.encode()).hexdigest()[:10]}"
+    for name, content in files.items():
+        if not (folder / name).exists():
+            write_file(folder / name, content.encode())
+    # What ManiSkill does for the shaders of that name, and for no others.
+    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
+    sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
+    sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
+    return replace(config, shader_pack=str(folder))
+
+
 # ---- robot ------------------------------------------------------------------------------------------------------
 
 
 def lowpoly_urdf(color: Vector) -> str:
     """Path of a Panda URDF whose visuals are its convex collision shapes, painted `color`.
 
-    The stock visuals have 135,548 triangles, which is the whole cost of rendering in software. Written once into the
-    user's cache folder, never into site-packages.
+    The stock visuals have 135,548 triangles, which is the whole cost of rendering in software.
     """
     source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
     robot = ET.parse(source).getroot()
@@ -163,8 +206,7 @@ def lowpoly_urdf(color: Vector) -> str:
             shade = 0.3 if "finger" in link.get("name") else 1.0
             ET.SubElement(material, "color", rgba=" ".join(str(c * shade) for c in color) + " 1")
     urdf = ET.tostring(robot)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlco"
-    path = cache / f"panda_{hashlib.sha1(urdf).hexdigest()[:10]}.urdf"  # named by its content: never out of date
+    path = cache_folder() / f"panda_{hashlib.sha1(urdf).hexdigest()[:10]}.urdf"
     if not path.exists():
         # SAPIEN reads from the SRDF beside it which links may touch, so that has to be there before the URDF is.
         write_file(path.with_suffix(".srdf"), source.with_suffix(".srdf").read_bytes())
@@ -407,7 +449,8 @@ class TabletopEnv(BaseEnv):
 
     def _camera(self, name, size):
         pose = sapien_utils.look_at(self.domain.camera_eye, self.domain.camera_target)
-        return CameraConfig(name, pose, size, size, self.domain.camera_fov, near=0.01, far=10, shader_pack="minimal")
+        shader = PREBUILT_SHADER_CONFIGS["minimal"] if self._render_device.is_cuda() else shader_for_cpus()
+        return CameraConfig(name, pose, size, size, self.domain.camera_fov, near=0.01, far=10, shader_config=shader)
 
     @property
     def _default_sensor_configs(self):

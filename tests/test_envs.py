@@ -355,3 +355,13 @@ def test_an_unknown_task_is_one_line():
     for build in (lambda: envs.make("fly", envs.TWIN), lambda: envs.VecEnv("fly", envs.TWIN)):
         with pytest.raises(UserError, match="no task 'fly': choose one of pick_place, push_cube"):
             build()
+
+
+def test_pictures_are_those_of_the_stock_shaders(twin, monkeypatch):
+    monkeypatch.setattr(envs, "shader_for_cpus", lambda: envs.PREBUILT_SHADER_CONFIGS["minimal"])
+    stock = envs.make("push_cube", envs.TWIN)
+    assert stock._sensor_configs["base_0_rgb"].shader_pack != twin._sensor_configs["base_0_rgb"].shader_pack
+    for env in (stock, twin):
+        env.reset(seed=[4])
+    torch.testing.assert_close(stock.observe()["image"], twin.observe()["image"], atol=0, rtol=0)
+    torch.testing.assert_close(stock.render_rgb_array(), twin.render_rgb_array(), atol=0, rtol=0)
