@@ -11,6 +11,7 @@ disjoint from those of training, of the demonstrations and of the validation dur
 the same numbers.
 """
 
+import itertools
 import math
 import os
 import platform
@@ -72,24 +73,107 @@ def summary(policy: str, domain: str, task: str, success: list[bool], length: li
     return dict(policy=policy, domain=domain, task=task, episodes=n, **rate, mean_length=float(np.mean(length)))
 
 
+def sign_test(gained: int, lost: int) -> float:
+    """p-value of the exact two-sided sign test, McNemar's: episodes that differ fall either way as a coin does."""
+    n = gained + lost
+    tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def is_settled(gained: int, lost: int) -> bool:
+    """Whether a difference is clear at 5 %, however often one has looked at it before.
+
+    A p-value that is looked at after each trial is below 0.05 sooner or later. The Bayes factor of all coins against
+    the fair one is not: where there is no difference, it reaches 20 once in 20 evaluations at most (Ville 1939).
+    """
+    n = gained + lost
+    return 2**n / ((n + 1) * math.comb(n, gained)) >= 20
+
+
+def paired(before: dict[int, bool], after: dict[int, bool], z: float = 1.959964) -> dict:
+    """How much more often `after` succeeds than `before`, which hold success by seed: over the seeds that both have
+    played, so that how difficult these are takes no part. `interval` is Bonett and Price's (2012), which adds an
+    episode of either kind that differs, and so is right for few episodes, too."""
+    seeds = before.keys() & after.keys()
+    n = len(seeds)
+    gained = sum(after[seed] and not before[seed] for seed in seeds)
+    lost = sum(before[seed] and not after[seed] for seed in seeds)
+    more = (gained + 1) / (n + 2)
+    less = (lost + 1) / (n + 2)
+    half = z * math.sqrt((more + less - (more - less) ** 2) / (n + 2))
+    interval = (max(-1.0, more - less - half), min(1.0, more - less + half))
+    test = dict(p=sign_test(gained, lost), settled=is_settled(gained, lost))
+    return dict(episodes=n, difference=(gained - lost) / n, interval=interval, gained=gained, lost=lost, **test)
+
+
+def differences(outcomes: dict[str, dict[str, dict[int, bool]]]) -> list[dict]:
+    """Every two checkpoints compared in every domain, from success by domain, checkpoint and seed."""
+    found = []
+    for domain, by_policy in outcomes.items():
+        for before, after in itertools.combinations(by_policy, 2):
+            if by_policy[before].keys() & by_policy[after].keys():
+                pair = dict(domain=domain, before=before, after=after)
+                found.append(pair | paired(by_policy[before], by_policy[after]))
+    return found
+
+
+def smallest_visible(n: int) -> int | None:
+    """The smallest difference in points between true success rates, which lie around 50 %, that `sign_test` finds
+    (p < 0.05) in four of five evaluations of n episodes; None if so few find none. Where one start is harder than
+    another, for both, it is smaller."""
+    clear = [(k, m) for k in range(n + 1) for m in range(n + 1 - k) if sign_test(k, m) < 0.05]
+    for points in range(5, 101, 5):
+        gain = (0.5 + points / 200) ** 2  # one succeeds and the other fails, or the other way round
+        loss = (0.5 - points / 200) ** 2
+        power = 0.0
+        for k, m in clear:
+            ways = math.comb(n, k) * math.comb(n - k, m)
+            power += ways * gain**k * loss**m * (1 - gain - loss) ** (n - k - m)
+        if power >= 0.8:
+            return points
+    return None
+
+
+def heading(domain: str) -> str:
+    simulated = domain in envs.DOMAINS and domain != "twin"
+    return f"{domain}{' (not a real robot)' if simulated else ''}"
+
+
+def markdown(corner: str, heads: dict[str, str], cells: dict[tuple[str, str], str]) -> str:
+    """A table: columns by their keys in `heads`, rows and columns of `cells` by (row, column)."""
+    lines = [f"| {corner} | " + " | ".join(heads.values()) + " |", "| --- |" + " --- |" * len(heads)]
+    for row in dict.fromkeys(row for row, _ in cells):
+        lines.append(f"| {row} | " + " | ".join(cells.get((row, column), "") for column in heads) + " |")
+    return "\n".join(lines)
+
+
 def table(results: list[dict]) -> str:
     """Markdown: a row for each checkpoint, a column for each domain."""
-    domains = list(dict.fromkeys(r["domain"] for r in results))
-    head = []
-    for domain in domains:
-        simulated = domain in envs.DOMAINS and domain != "twin"
-        head.append(f"{domain}{' (not a real robot)' if simulated else ''}: success [95 %], steps")
-    lines = ["| checkpoint | " + " | ".join(head) + " |", "| --- |" + " --- |" * len(domains)]
-    for policy in dict.fromkeys(r["policy"] for r in results):
-        cells = []
-        for domain in domains:
-            for r in results:
-                if (r["policy"], r["domain"]) == (policy, domain):
-                    low, high = r["wilson"]
-                    percent = f"{100 * r['success_rate']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-                    cells.append(f"{percent} of {r['episodes']}, {r['mean_length']:.0f}")
-        lines.append(f"| {policy} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    heads = {r["domain"]: f"{heading(r['domain'])}: success [95 %], steps" for r in results}
+    cells = {}
+    for r in results:
+        low, high = r["wilson"]
+        percent = f"{100 * r['success_rate']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        cells[r["policy"], r["domain"]] = f"{percent} of {r['episodes']}, {r['mean_length']:.0f}"
+    return markdown("checkpoint", heads, cells)
+
+
+def difference_table(pairs: list[dict]) -> str:
+    """Markdown of what `differences` found: a row for each two checkpoints, a column for each domain."""
+    heads = {d["domain"]: f"{heading(d['domain'])}: points [95 %], p" for d in pairs}
+    cells = {}
+    for d in pairs:
+        low, high = d["interval"]
+        points = f"{100 * d['difference']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+        p = "p < 0.001" if d["p"] < 0.001 else f"p = {d['p']:.2g}"
+        counts = f"{d['gained']} better, {d['lost']} worse of {d['episodes']}"
+        cells[f"{d['after']} − {d['before']}", d["domain"]] = f"{points}, {p}; {counts}"
+    return markdown("difference, on the same starts", heads, cells)
+
+
+def report(results: list[dict], pairs: list[dict]) -> str:
+    """The tables of an evaluation."""
+    return table(results) + ("\n\n" + difference_table(pairs) if pairs else "")
 
 
 def provenance(args) -> dict:
@@ -165,6 +249,7 @@ def standin(args: StandinArgs) -> None:
     args.out.mkdir(parents=True, exist_ok=True)  # if it cannot be made, that is known before the episodes
 
     results = []
+    outcomes = {domain: {} for domain in domains}
     for domain in domains:
         for name, policy in policies.items():
             # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
@@ -175,12 +260,14 @@ def standin(args: StandinArgs) -> None:
             length = played["length"].tolist()
             cell = summary(name, domain, args.task, success, length)
             results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
-    write_file(args.out / "results.json", dict(results=results, **repeat))
+            outcomes[domain][name] = dict(zip(seeds, success))
+    pairs = differences(outcomes)
+    write_file(args.out / "results.json", dict(results=results, differences=pairs, **repeat))
     if args.videos:
         record_videos(args, policies, seeds, results)
     what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
     files = "results.json and videos" if args.videos else "results.json"
-    print(f"\n{table(results)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {files} in {args.out}")
+    print(f"\n{report(results, pairs)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {files} in {args.out}")
 
 
 def record_videos(args: StandinArgs, policies: dict[str, Policy], seeds: range, results: list[dict]) -> None:
@@ -254,7 +341,26 @@ class Trials:
 
     def add(self, kind: str, **trial) -> None:
         self.saved[kind].append(trial)
-        write_file(self.path, dict(self.saved, results=self.results(), **provenance(self.args)))
+        found = dict(results=self.results(), differences=self.differences())
+        write_file(self.path, dict(self.saved, **found, **provenance(self.args)))
+
+    def differences(self) -> list[dict]:
+        """Every two checkpoints compared on the initial states that both have had."""
+        outcomes = {name: {} for name in self.names}
+        for trial in self.saved["trials"]:
+            if trial["policy"] in outcomes:
+                outcomes[trial["policy"]][trial["seed"]] = trial["success"]
+        return differences(dict(franka=outcomes))
+
+    def standing(self) -> str:
+        """What is known so far of each two checkpoints, and whether more trials are needed to tell which is better."""
+        lines = []
+        for d in self.differences():
+            verdict = "settled: more trials only narrow the interval" if d["settled"] else "not settled yet"
+            points = f"{100 * d['difference']:+.0f} points"
+            counts = f"{d['gained']} better, {d['lost']} worse of {d['episodes']}"
+            lines.append(f"{d['after']} − {d['before']}: {points}, {counts}; {verdict}")
+        return "\n".join(lines)
 
     def results(self) -> list[dict]:
         """A cell of the table for each checkpoint that has trials."""
@@ -281,6 +387,8 @@ def franka(args: FrankaArgs) -> None:
     if todo:
         if trials.saved["trials"]:
             print(f"{trials.path}: {len(trials.saved['trials'])} trials are done, {todo} to go")
+        if len(policies) > 1:
+            print(what_trials_show(args.trials))
         env = envs.make(args.task, envs.TWIN, video_size=512, variation=args.variation)
         with closing(Camera(args.rig)) as camera, Keyboard() as keyboard, Franka(args.rig, camera) as robot:
             while trials.missing():
@@ -306,11 +414,25 @@ def franka(args: FrankaArgs) -> None:
                 took += f", {played['late']} of {played['decisions']} late"
                 kept = f"{played['kept_inside']} targets were kept inside the workspace"
                 print(f"{title}: {label} after {played['steps']} steps; decisions took {took}; {kept}", flush=True)
+                if name == trials.names[-1] and len(policies) > 1:
+                    print(trials.standing(), flush=True)
     late = sum(trial["late"] for trial in trials.saved["trials"])
     decisions = sum(trial["decisions"] for trial in trials.saved["trials"])
     attempts = f"{len(trials.saved['void'])} attempts were stopped or aborted and do not count"
     speed = f"{late} of {decisions} decisions were late"
-    print(f"\n{table(trials.results())}\n\n{args.task}; {attempts}; {speed}; {trials.path}, videos beside it")
+    tables = report(trials.results(), trials.differences())
+    print(f"\n{tables}\n\n{args.task}; {attempts}; {speed}; {trials.path}, videos beside it")
+
+
+def what_trials_show(n: int) -> str:
+    """What can be learnt from n trials of each checkpoint, said before the first of them."""
+    points = smallest_visible(n)
+    if points is None:
+        return f"{n} trials of each checkpoint settle no difference, however large: 6 are the least, 20 are usual"
+    return (
+        f"{n} trials of each checkpoint find a difference of {points} points between success rates around 50 % four "
+        "times in five; one that is smaller needs more --trials"
+    )
 
 
 def dry_run(args: FrankaArgs, policies: dict[str, Policy]) -> None:
