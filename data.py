@@ -2,6 +2,7 @@
 
     python data.py collect                                  # scripted demonstrations: twin, stand-in, validation
     python data.py collect --num-twin 1000 --workers 8      # more of them, on more cores
+    python data.py collect --domains 600                    # all tasks in random domains, to pretrain on
     python data.py record --robot-ip 172.16.0.2             # demonstrations on a real Franka, by keyboard or by hand
 
 A dataset is a folder in LeRobot's format: v3.0 is written, v2.1 and v3.0 are read, so it may as well come from a real
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -789,6 +790,31 @@ def collect_dataset(task, domain, num: int, out: Path, first_seed: int, pool, vi
     return lengths
 
 
+EPISODES_PER_DOMAIN = 2  # of each task
+
+
+def _demonstrate_everything(first_seed, number):
+    """The successful demonstrations of all tasks in a random domain, which is the first one for number 0."""
+    import envs
+
+    domain = envs.random_domain(first_seed + number)
+    seeds = range(first_seed + EPISODES_PER_DOMAIN * number, first_seed + EPISODES_PER_DOMAIN * (number + 1))
+    episodes = [envs.demonstrate(task, domain, s, fresh=s == seeds[0]) for task in envs.TASKS for s in seeds]
+    return [episode for episode in episodes if episode["success"]]
+
+
+def collect_domains(num: int, out: Path, first_seed: int, pool, video: bool = False) -> int:
+    """Collect scripted demonstrations of all tasks in `num` random domains (envs.random_domain) into the one dataset
+    `out` -> how many. Failed episodes are dropped. A dataset that is there already is kept as it is."""
+    import envs
+
+    if not out.exists():
+        domains = pool.map(partial(_demonstrate_everything, first_seed), range(num))
+        domains = tqdm(domains, out.name, num, unit="domain")
+        write_dataset(out, itertools.chain.from_iterable(domains), envs.CONTROL_HZ, video)
+    return len(load_dataset(out, max_bytes=0).bounds) - 1
+
+
 @dataclass
 class CollectArgs:
     """Collect scripted demonstrations into OUT/TASK-twin, OUT/TASK-TARGET and OUT/TASK-TARGET-val.
@@ -807,6 +833,9 @@ class CollectArgs:
     """Demonstrations in the target, the "real" ones. On an arm they would cost an operator's time."""
     num_val: int = 20
     """Held-out demonstrations in the target, for validation. More of them make the curve of its loss steadier."""
+    domains: int | None = None
+    """Instead of all that: two demonstrations of every task in each of so many random domains, into OUT/domains, and in
+    a twentieth as many others, into OUT/domains-val. To pretrain a policy on, which then knows no domain by heart."""
     out: Path = Path("demos")
     """Folder of the datasets. The training scripts look into `demos` unless they are told otherwise."""
     workers: int = len(os.sched_getaffinity(0))
@@ -819,9 +848,19 @@ class CollectArgs:
 
 
 def collect(args: CollectArgs) -> None:
-    """The three datasets that CollectArgs describes; UserError for a task or target that is not there."""
+    """The datasets that CollectArgs describes; UserError for a task or target that is not there."""
     import envs
 
+    if args.domains is not None:
+        if args.domains < 1:
+            raise UserError("--domains: at least 1")
+        first_seed = envs.SEEDS["domains"]
+        with worker_pool(args.workers) as pool:
+            trained = collect_domains(args.domains, args.out / "domains", first_seed, pool, args.video)
+            held_out = args.out / "domains-val"
+            validated = collect_domains(math.ceil(args.domains / 20), held_out, first_seed + 500_000, pool, args.video)
+        print(f"{args.out / 'domains'}: {trained} episodes; {held_out}: {validated}")
+        return
     envs.require_task(args.task)
     target = envs.target_domain(args.target)
     datasets = (  # domain, held out, first seed, number of demonstrations

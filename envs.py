@@ -1,6 +1,6 @@
 """The twins: Franka tabletop tasks in ManiSkill, what they look like and how they move, and many of them in parallel.
 
-    python envs.py show             # a picture of every task, in the twin and in the stand-in
+    python envs.py show             # a picture of every task, in the twin and in the stand-in (or in random domains)
     python envs.py demonstrators    # success and length of the scripted demonstrators
 
 World frame = robot base frame: x forward, y left, z up, the table's surface at z = 0. Units are metres and radians.
@@ -11,6 +11,7 @@ import os
 
 if __name__ != "__main__":  # a worker renders on its own core: two software rasterisers on all cores fight
     os.environ.setdefault("LP_NUM_THREADS", "1")
+import colorsys
 import gc
 import hashlib
 import multiprocessing as mp
@@ -53,6 +54,7 @@ SEEDS = dict(
     real_val=3_000_000,
     validation=4_000_000,
     evaluation=5_000_000,
+    domains=6_000_000,  # random ones, and the demonstrations in them
     rl=10_000_000,
 )
 
@@ -129,6 +131,51 @@ def target_domain(name: str) -> Domain:
     if name not in targets:
         raise UserError(f"no domain '{name}' can play the robot: choose one of {', '.join(targets)} (envs.DOMAINS)")
     return DOMAINS[name]
+
+
+def random_domain(seed: int) -> Domain:
+    """One of the table-top labs there could be, as different as labs are: what a pretrained policy has seen many of.
+
+    The ranges were fixed before any policy was trained on them. They are a lab's, not drawn around the twin or the
+    stand-in: a camera that looks from the front or the left at half a metre of table, any lamp, wall and table, objects
+    and goals of any two colours that differ, what objects weigh and how they slide, arms from soft to stiff.
+    """
+    rng = np.random.default_rng(seed)
+
+    def color(hue, saturation, value):
+        return colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(*value))
+
+    target = rng.uniform((0.45, -0.04, 0.0), (0.53, 0.04, 0.06))
+    distance = rng.uniform(0.65, 1.15)  # m
+    azimuth, elevation = np.radians(rng.uniform((25, 22), (90, 50)))  # the drawer's handle is seen from here alone
+    level = np.array([np.cos(azimuth), np.sin(azimuth), 0])
+    eye = target + distance * (np.cos(elevation) * level + np.sin(elevation) * np.array([0, 0, 1]))
+    in_view = rng.uniform(0.44, 0.60)  # m, height of the picture at the target
+    lamp, lamp_elevation = np.radians(rng.uniform((0, 35), (360, 85)))
+    table = color(rng.random(), (0.0, 0.5), (0.08, 0.75))
+    planks = np.clip(np.array(table) * rng.uniform(0.7, 1.3), 0, 1)
+    object_hue = rng.random()
+    stiffness = np.exp(rng.uniform(np.log(400), np.log(1500)))
+    return Domain(
+        f"random{seed}",
+        camera_eye=tuple(eye),
+        camera_target=tuple(target),
+        camera_fov=2 * np.arctan(in_view / 2 / distance),
+        ambient=color(rng.random(), (0.0, 0.2), (0.15, 0.55)),
+        light_direction=(np.cos(lamp), np.sin(lamp), -np.tan(lamp_elevation)),
+        light_color=color(rng.random(), (0.0, 0.3), (0.6, 1.1)),
+        table_colors=(table, tuple(planks)) if rng.random() < 0.4 else (table,),
+        background=color(rng.random(), (0.0, 0.3), (0.1, 0.85)),
+        robot_color=(rng.integers(3, 11) / 10,) * 3,  # in steps: every paint is a file of its own
+        object_color=color(object_hue, (0.7, 1.0), (0.3, 0.9)),
+        goal_color=color(object_hue + rng.uniform(0.2, 0.8), (0.7, 1.0), (0.3, 0.9)),
+        image_noise=rng.uniform(0, 10),
+        friction=rng.uniform(0.3, 0.9),
+        object_mass=rng.uniform(0.05, 0.3),
+        stiffness=stiffness,
+        damping=np.sqrt(10 * stiffness) * rng.uniform(0.85, 1.2),
+        action_delay=int(rng.integers(0, 3)),
+    )
 
 
 # What generalisation is tested on (the paper's spirit), never seen in training: another shape, size and colour; places
@@ -1022,7 +1069,7 @@ def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
 
 # ---- demonstrations ---------------------------------------------------------------------------------------------
 
-_cached: dict = {}  # a process that demonstrates keeps its environment: making one takes seconds
+_cached: dict = {}  # a process that demonstrates keeps an environment a task: making one takes seconds
 
 
 def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False) -> dict:
@@ -1031,9 +1078,11 @@ def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False) -> di
     -> image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what was seen
     and then done at control step t.
     """
-    if (task, domain) not in _cached:
-        _cached[task, domain] = make(task, domain)
-    env = _cached[task, domain]
+    if task not in _cached:
+        _cached[task] = make(task, domain)
+    env = _cached[task]
+    fresh |= env.domain != domain
+    env.domain = domain
     env.reset(seed=[seed], options=dict(reconfigure=fresh))
     steps = []
     for action in env.demonstrator(np.random.default_rng(seed)):
@@ -1251,7 +1300,9 @@ def validate(policy, worlds: dict[str, VecEnv], episodes: int, held_out: dict, v
 # ---- command line -----------------------------------------------------------------------------------------------
 
 
-def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None) -> None:
+def show(
+    out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None, random: int = 0
+) -> None:
     """Draw the tasks, a row each: starts and later moments in the twin and the stand-in, each large and as the policy
     sees it. To look at after a change to a task or a domain.
 
@@ -1259,13 +1310,15 @@ def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Litera
         out: Picture to write.
         seeds: Episodes of each task and domain; each one is shown 16 control steps later than the one before.
         variation: Draw what generalisation is tested on: unseen objects, positions, or starting poses of the robot.
+        random: Draw so many random domains instead of the twin and the stand-in.
     """
     from PIL import Image
 
+    domains = [random_domain(SEEDS["domains"] + i) for i in range(random)] or [TWIN, STANDIN]
     rows = []
     for task in TASKS:
         row = []
-        for domain in (TWIN, STANDIN):
+        for domain in domains:
             env = make(task, domain, variation=variation)
             for seed in range(seeds):
                 env.reset(seed=[SEEDS["validation"] + seed])
@@ -1278,7 +1331,8 @@ def show(out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Litera
         rows.append(np.concatenate(row, 1))
     with whole_file(out) as temporary:
         Image.fromarray(np.concatenate(rows)).save(temporary)
-    print(f"{out}: {', '.join(TASKS)} in the twin and the stand-in, each picture beside what the policy sees of it")
+    names = " and ".join(domain.name for domain in domains)
+    print(f"{out}: {', '.join(TASKS)} in {names}, each picture beside what the policy sees of it")
 
 
 def demonstrators(episodes: int = 200, workers: int = len(os.sched_getaffinity(0))) -> None:

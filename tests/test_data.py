@@ -414,3 +414,25 @@ def test_collect_keeps_successes_in_seed_order(tmp_path, monkeypatch):
     data.collect_dataset("push_cube", domain, 6, tmp_path / "demos", first_seed=3, pool=None)  # there already: kept
     with pytest.raises(UserError, match="has 6 episodes, not 5"):
         data.collect_dataset("push_cube", domain, 5, tmp_path / "demos", first_seed=3, pool=None)
+
+
+def test_collect_domains_has_all_tasks_each_as_a_new_world_shows_it(tmp_path):
+    """One environment of each task is reconfigured from domain to domain: nothing of the last one may stay."""
+    import envs
+
+    data.collect(data.CollectArgs(domains=2, out=tmp_path, workers=1))
+    demos = load_dataset(tmp_path / "domains")
+    assert list(dict.fromkeys(demos.prompt)) == [task.instruction for task in envs.TASKS.values()]
+    seeds = pq.read_table(tmp_path / "domains" / EPISODES_FILE)["seed"].to_pylist()
+    first = envs.SEEDS["domains"]
+    assert set(seeds) == set(range(first, first + 4)) and len(seeds) > 12
+    number = max(
+        e for e, seed in enumerate(seeds) if seed == first + 2
+    )  # the first of close drawer in the second domain
+    rows = slice(*demos.bounds[number : number + 2])
+    alone = envs.demonstrate("close_drawer", envs.random_domain(first + 1), first + 2, fresh=True)
+    np.testing.assert_array_equal(demos.frames[rows], alone["image"])
+    np.testing.assert_array_equal(demos.action[rows], alone["action"])
+    other = load_dataset(tmp_path / "domains-val")
+    assert not set(pq.read_table(tmp_path / "domains-val" / EPISODES_FILE)["seed"].to_pylist()) & set(seeds)
+    assert abs(other.frames[0].mean() - demos.frames[0].mean()) > 1  # another lab

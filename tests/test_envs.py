@@ -342,6 +342,21 @@ def test_low_polygon_robot_goes_into_the_cache_folder(tmp_path, monkeypatch):
     assert envs.lowpoly_urdf((0.3, 0.2, 0.1)) != path
 
 
+def test_random_domains_are_labs_of_their_own():
+    """Repeatable and all different; colours in 0..1; the camera before the robot, the middle of the table in view."""
+    domains = [envs.random_domain(seed) for seed in range(100)]
+    assert domains[7] == envs.random_domain(7) and len({domain.camera_eye for domain in domains}) == 100
+    for domain in domains:
+        paints = [domain.background, domain.robot_color, domain.object_color, domain.goal_color, *domain.table_colors]
+        assert np.min(paints) >= 0 and np.max(paints) <= 1
+        eye, target = np.array(domain.camera_eye), np.array(domain.camera_target)
+        to_middle = np.array([0.48, 0, 0]) - eye
+        angle = np.arccos((target - eye) @ to_middle / np.linalg.norm(target - eye) / np.linalg.norm(to_middle))
+        assert eye[2] > 0.2 and domain.light_direction[2] < 0 and angle < domain.camera_fov / 2
+    assert {domain.action_delay for domain in domains} == {0, 1, 2}
+    assert len({domain.robot_color for domain in domains}) <= 10  # each is a file in the user's cache
+
+
 def test_seeds_of_different_uses_never_meet():
     starts = sorted(envs.SEEDS.values())
     assert min(np.diff(starts)) >= 1_000_000
