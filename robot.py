@@ -17,7 +17,6 @@ import threading
 import time
 import tty
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +172,12 @@ class Camera:
 
 # ------------------------------------------------------------------------------------------------------------------ arm
 class Hand:
-    """Franka's hand: its width, kept up to date by a thread, and commands, of which it takes one at a time."""
+    """Franka's hand. One thread keeps its width up to date and another gives it commands, which return when the fingers
+    have arrived, if ever. The newest command wins: one that is under way is stopped for it. Nobody waits in here for
+    longer than PATIENCE."""
+
+    PATIENCE = 5.0  # s; its whole way takes the hand one
+    FAREWELL = 2.0  # s, for what is under way at the end
 
     def __init__(self, gripper, franka, max_silence: float):
         self.gripper = gripper  # franka-rs's
@@ -181,54 +185,104 @@ class Hand:
         self.max_silence = max_silence  # s
         self.width = gripper.read_once().width  # m, between the fingers
         self.heard = time.monotonic()  # when that came
-        self.target = None  # m, the width that was commanded last
-        self.motion: Future | None = None  # the command that is under way, or was the last
-        self.pool = ThreadPoolExecutor(1)  # commands return when the fingers have arrived
+        self.target: float | None = None  # m, the newest command; 0 is a grasp
+        self.waiting = False  # whether `target` is still to be sent
+        self.moving = False  # whether a command is under way
+        self.error = ""  # why the newest command failed
         self.closed = False
+        self.changed = threading.Condition()  # guards the five above and the one below
+        self.stopper = threading.Thread()  # the last that has told the hand to stop
+        # Daemons: the program can end whatever the hand does.
         self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.commander = threading.Thread(target=self._command, daemon=True)
         self.listener.start()
+        self.commander.start()
 
     def _listen(self):
         try:
             while not self.closed:
                 self.width = self.gripper.read_once().width
                 self.heard = time.monotonic()
+                with self.changed:
+                    # Again and again: a stop that arrives just before its command stops nothing.
+                    if self.moving and (self.waiting or self.target is None) and not self.stopper.is_alive():
+                        self.stopper = threading.Thread(target=self._stop, daemon=True)
+                        self.stopper.start()
         except self.franka.FrankaError:
             pass  # `check` notices the silence
 
-    def check(self) -> None:
-        """Raise Disconnected if there is no news of the hand."""
-        silence = time.monotonic() - self.heard
-        if silence > self.max_silence:
-            raise Disconnected(f"the hand has been silent for {silence:.1f} s")
+    def _stop(self):
+        with suppress(self.franka.FrankaError):
+            self.gripper.stop()
+
+    def _command(self):
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.closed)
+                if self.closed:
+                    return
+                width = self.target
+                self.waiting = False
+                self.moving = True
+            if self.stopper.ident:  # its stop was for the command before
+                self.stopper.join()
+            why = ""
+            try:
+                if width:
+                    self.gripper.move(width, 0.1)  # m, m/s
+                else:  # grasp with 20 N what is there, of any width
+                    self.gripper.grasp(0.0, 0.1, 20.0, 0.1, 0.1)
+            except self.franka.FrankaError as error:
+                why = str(error)
+            with self.changed:
+                self.moving = False
+                self.changed.notify_all()
+                # A command that was stopped, for a newer one or for good, has not failed.
+                if why and not self.waiting and self.target is not None:
+                    self.error = why
+                    self.target = None
 
     @property
     def busy(self) -> bool:
-        return self.motion is not None and not self.motion.done()
+        return self.waiting or self.moving
+
+    def check(self) -> None:
+        """Raise Disconnected if there is no news of the hand, Stopped if the newest command failed."""
+        silence = time.monotonic() - self.heard
+        if silence > self.max_silence:
+            raise Disconnected(f"the hand has been silent for {silence:.1f} s")
+        if self.error:
+            why = self.error
+            self.error = ""
+            raise Stopped(f"the hand: {why}")
 
     def move(self, opening: float) -> None:
-        """Send the fingers to where the twin's would go with an action's gripper part, -1 closed .. +1 open. While the
-        hand is busy nothing is sent. Raises Stopped if the last command failed."""
-        error = self.motion.exception() if self.motion and self.motion.done() else None
-        if error:
-            self.target = None
-            self.motion = None
-            raise Stopped(f"the hand: {error}")
+        """Send the fingers to where the twin's would go with an action's gripper part, -1 closed .. +1 open, at once,
+        whatever they are doing."""
         width = min(max(2 * envs.finger_target(opening), 0), 2 * envs.GRIPPER_OPEN)
         if width < 0.01:
             width = 0
-        if self.busy or (self.target is not None and abs(width - self.target) < 0.01):
-            return
-        self.target = width
-        if width:
-            self.motion = self.pool.submit(self.gripper.move, width, 0.1)  # m, m/s
-        else:  # grasp with 20 N what is there, of any width
-            self.motion = self.pool.submit(self.gripper.grasp, 0.0, 0.1, 20.0, 0.1, 0.1)
+        with self.changed:
+            if self.target is None or abs(width - self.target) >= 0.01:
+                self.target = width
+                self.waiting = True
+                self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Leave the fingers where they are. What they have grasped they hold: only what is under way is stopped."""
+        with self.changed:
+            if self.busy:
+                self.target = None
+                self.waiting = False
 
     def close(self) -> None:
-        self.closed = True
-        self.pool.shutdown()
-        self.listener.join(2)
+        self.stop()
+        with self.changed:
+            self.changed.wait_for(lambda: not self.moving, self.FAREWELL)
+            self.closed = True
+            self.changed.notify_all()
+        for thread in (self.commander, self.listener):
+            thread.join(self.FAREWELL)
 
 
 class Franka:
@@ -260,6 +314,7 @@ class Franka:
         self.tcp_to_steered: torch.Tensor | None = None
         self.arm_clock = 0.0  # s, the arm's own time in its last state
         self.arm_heard = 0.0  # when that last advanced
+        self.handlers = {}  # of the signals that end the program, from before
         try:
             self.robot = franka.Robot(rig.robot_ip)
             self.hand = Hand(self.robot.gripper(), franka, rig.max_silence)
@@ -269,12 +324,16 @@ class Franka:
     def __enter__(self):
         # The arm comes to rest however the program is ended; a shell's background job begins with Ctrl-C ignored.
         for sig in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sig, signal.default_int_handler)
+            self.handlers[sig] = signal.signal(sig, signal.default_int_handler)
         return self
 
     def __exit__(self, *_):
+        for sig in self.handlers:  # who presses Ctrl-C twice wants the same, sooner
+            signal.signal(sig, signal.SIG_IGN)
         self.stop()
         self.hand.close()
+        for sig, handler in self.handlers.items():
+            signal.signal(sig, handler)
         # hang up: the arm talks to one program at a time
         self.robot = None
         self.hand = None
@@ -435,7 +494,7 @@ class Franka:
         else:
             self.watch()
             self._send()
-            self.move_fingers(float(action[6]))
+            self.hand.move(float(action[6]))
         self.wait(due)
 
     def wait(self, until: float, inside: bool = True) -> None:
@@ -444,27 +503,23 @@ class Franka:
             time.sleep(min(left, 0.02))
             self.watch(inside)
 
-    def move_fingers(self, opening: float) -> None:
-        """`Hand.move`, with the arm at rest if the hand is Stopped."""
-        try:
-            self.hand.move(opening)
-        except Stopped as why:
-            self._give_up(str(why))
-
     def _wait_for_hand(self):
+        latest = time.monotonic() + self.hand.PATIENCE
         while self.hand.busy:
+            if time.monotonic() > latest:
+                self.hand.stop()
+                self._give_up(f"the hand is stuck at {1000 * self.hand.width:.0f} mm: free its fingers")
             self.wait(time.monotonic() + 0.02, inside=False)
 
     def go_to(self, position: torch.Tensor, opening: float) -> None:
         """Take the TCP to a position [3] (m), pointing down: up, across, down; the control ends there."""
-        self._wait_for_hand()  # or it would not hear of the new opening
         self.start()
         here = self.position
         goal = torch.as_tensor(position).float()[None]
         height = torch.stack([here[0, 2], goal[0, 2], torch.tensor(0.2)]).max()
         up = torch.stack([here[0, 0], here[0, 1], height])[None]
         across = torch.stack([goal[0, 0], goal[0, 1], height])[None]
-        self.move_fingers(opening)
+        self.hand.move(opening)
         for start, end in ((here, up), (up, across), (across, goal)):
             self.position = end
             self.rotation = envs.POINTING_DOWN[None]
@@ -667,7 +722,7 @@ def demonstrate_by_operator(robot: Franka, keyboard: Keyboard, args: RecordArgs,
         due = time.monotonic() + 1 / envs.CONTROL_HZ
         proprioception = robot.state()[0]
         if guided:
-            robot.move_fingers(opening)
+            robot.hand.move(opening)
             robot.wait(due)
             motion = motion_between(tcp, robot.tcp())
             moved = motion[:3].norm() > 0.001 or motion[3:].norm() > 0.01

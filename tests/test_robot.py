@@ -342,50 +342,32 @@ def wait_for(condition, seconds=60):
 
 
 FRANKA_SIM = "franka-sim==1.1.7"  # pins numpy 1.26, so it has an environment of its own
-MODEL = """
-import mujoco, os, sys, xml.etree.ElementTree as ET, franka_sim
-robot = ET.parse(os.path.join(os.path.dirname(franka_sim.__file__), "models/fr3.urdf")).getroot()
-for link in robot.iter("link"):
-    for part in link.findall("visual") + link.findall("collision"):
-        link.remove(part)  # meshes, which would have to be downloaded
-spec = mujoco.MjSpec.from_string(ET.tostring(robot).decode())
-for joint in spec.joints:  # without them the arm oscillates, and franka-rs stops with a deviation
-    joint.damping, joint.armature = 1.0, 0.3
-spec.compile()
-open(sys.argv[1], "w").write(spec.to_xml())
-"""
 
 
 class Simulator:
-    """franka-sim, with the robot's own motion limits enforced. Its communication constraints (20 ms without an answer
-    are a reflex) trip by themselves on a loaded machine without a real-time kernel: on where a test is about them.
+    """results/simulator.py. The communication constraints (20 ms without an answer are a reflex) trip by themselves
+    on a loaded machine: on where a test is about them.
     """
 
     def __init__(self, python, folder):
         self.python, self.folder, self.process = python, folder, None
-        subprocess.run([python, "-c", MODEL, folder / "fr3.xml"], check=True, capture_output=True)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.ip = f"127.0.0.1:{free.getsockname()[1]}"
 
     def start(self, *flags):
         self.stop()
+        for fault in ("stuck", "unplugged"):
+            (self.folder / fault).unlink(missing_ok=True)
+        port = self.ip.split(":")[1]
         with open(self.folder / "log", "w") as log:
             self.process = subprocess.Popen(
-                [
-                    self.python,
-                    "-m",
-                    "franka_sim.run_server",
-                    "--port",
-                    self.ip.split(":")[1],
-                    "--enforce-motion-limits",
-                    *flags,
-                ],
-                env={**ENVIRON, "FR3_MJCF": str(self.folder / "fr3.xml")},
+                [self.python, ROOT / "results/simulator.py", self.folder, port, "20", *flags],
+                env=ENVIRON,
                 stdout=log,
                 stderr=log,
             )
-        wait_for(lambda: "Server ready" in (self.folder / "log").read_text() and self.answers())
+        wait_for(self.answers)
         return self
 
     def answers(self):
@@ -599,6 +581,46 @@ def test_a_lost_connection_stops_in_mid_chunk(arm, simulator):
     wait_for(lambda: at_rest(franka.Robot(simulator.ip)))
 
 
+def test_the_newest_command_of_the_hand_wins(arm):
+    arm.start()
+    for opening in (1.0, -1.0, 0.0, 1.0, 0.5):  # faster than fingers
+        run(arm, chunk(1, gripper=opening))
+    for _ in range(20):
+        run(arm, chunk(1, gripper=0.5))
+    assert abs(arm.hand.width - 2 * float(envs.finger_target(0.5))) < 1e-3 and not arm.hand.busy
+
+
+def test_a_stuck_hand_blocks_neither_the_arm_nor_the_end(arm, simulator, monkeypatch):
+    monkeypatch.setattr(robot.Hand, "PATIENCE", 1.0)
+    arm.go_to(START, 1.0)
+    stuck = simulator.folder / "stuck"
+    stuck.touch()
+    try:
+        arm.start()
+        before = arm.tcp()[0, :3, 3]
+        run(arm, chunk(6, x=0.005))  # it closes, and does not
+        settle(arm)
+        assert arm.hand.busy and (arm.tcp()[0, :3, 3] - before).norm() > 0.02
+        with pytest.raises(robot.Stopped, match="stuck at 80 mm"):
+            arm.go_to(START, -1.0)
+        assert arm.control is None and at_rest(arm.robot)
+        wait_for(lambda: not arm.hand.busy)  # nothing pushes while the operator frees it
+        stuck.unlink()
+        arm.go_to(START, -1.0)
+        assert arm.hand.width < 1e-3
+        stuck.touch()
+        arm.hand.move(1.0)
+        wait_for(lambda: arm.hand.moving)
+        arm.hand.close()
+        assert not arm.hand.commander.is_alive()
+        stuck.unlink()
+        width = arm.hand.gripper.read_once().width
+        time.sleep(0.3)
+        assert arm.hand.gripper.read_once().width == width < 0.02  # nothing moves on after the end
+    finally:
+        stuck.unlink(missing_ok=True)
+
+
 class Operator:
     """Runs a script as an operator does, in a terminal: waits for what it says, presses keys."""
 
@@ -755,7 +777,7 @@ def test_killed_at_trial_3_of_5_it_resumes_there(simulator, stream, checkpoint, 
 
 def test_a_reflex_is_cleared_with_the_operators_consent_only(simulator, stream, checkpoint, tmp_path):
     stream.mode = "live"
-    simulator.start("--enforce-comm-constraints")
+    simulator.start("enforce")
     operator = franka_evaluation(tmp_path, checkpoint, simulator, stream)
     for consent in "yn":
         operator.answer("keep clear", "\n")
