@@ -9,6 +9,7 @@ A dataset is a folder in LeRobot's format: v3.0 is written, v2.1 and v3.0 are re
 robot or from the Hub. State and action have 7 dimensions; units and frames are those of envs.py.
 """
 
+import io
 import itertools
 import json
 import math
@@ -34,6 +35,7 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from checkpoints import UserError, one_line_errors
@@ -78,16 +80,54 @@ def _image_stats(histogram, count):
     return {name: x.reshape(3, 1, 1) for name, x in stats.items()} | {"count": np.array([count])}
 
 
-def statistics(*datasets: "Demonstrations") -> dict[str, dict[str, list[float]]]:
-    """Statistics of the union of `datasets`, for the policy's normalisation.
+def statistics(
+    real: "Demonstrations | None", sim: "Demonstrations | None" = None, alpha: float | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Statistics of one or two datasets, for the policy's normalisation; prints which dimensions never move in one.
 
     Returns {"observation.state": {"mean", "std", "min", "max", "q01", "q99"}, "action": the same}: LeRobot's key names,
-    each a list of 7 floats. The quantiles are exact, not averages over episodes.
+    each a list of 7 floats. Mean and deviation are those of stage I's batches, of which `alpha` is the share of `sim`
+    (None: by their numbers of frames). A dataset that is in no batch, at alpha = 0 or 1, counts for nothing.
+
+    The quantiles are exact, and span the range of both datasets whatever their shares: q01 is the lower q01, q99 the
+    higher q99. Of all frames together they would be the larger dataset's, and a rotation that only the robot makes, in
+    1 % of them, would be normalised to 0; alpha's own mixture loses it, too, where alpha is near 1. A dimension that
+    moves more rarely than quantiles see is spanned from its minimum to its maximum.
     """
-    names = ("mean", "std", "min", "max", "q01", "q99")
-    state = _stats(np.concatenate([dataset.state for dataset in datasets]))
-    action = _stats(np.concatenate([dataset.action for dataset in datasets]))
-    return {key: {name: x[name].tolist() for name in names} for key, x in ((STATE, state), (ACTION, action))}
+    by_frames = alpha is None
+    shares = [(real, by_frames or 1 - alpha), (sim, by_frames or alpha)]
+    shares = [(dataset, share) for dataset, share in shares if dataset is not None and share > 0]
+    datasets = [dataset for dataset, _ in shares]
+    weights = np.array([share * (len(dataset) if by_frames else 1) for dataset, share in shares])[:, None]
+    weights = weights / weights.sum()
+    still = still_dims(*datasets)
+    if still:
+        print(still)
+
+    result = {}
+    for key, columns in ((STATE, [d.state for d in datasets]), (ACTION, [d.action for d in datasets])):
+        each = [_stats(column) for column in columns]
+        stats = {name: np.stack([x[name] for x in each]) for name in ("mean", "std", "min", "max", "q01", "q99")}
+        mean = (weights * stats["mean"]).sum(0)
+        variance = (weights * (stats["std"] ** 2 + (stats["mean"] - mean) ** 2)).sum(0)
+        low = stats["q01"].min(0)
+        high = stats["q99"].max(0)
+        least = stats["min"].min(0)
+        most = stats["max"].max(0)
+        total = dict(mean=mean, std=variance**0.5, min=least, max=most)
+        total |= dict(q01=np.where(low < high, low, least), q99=np.where(low < high, high, most))
+        result[key] = {name: x.tolist() for name, x in total.items()}
+    return result
+
+
+def still_dims(*datasets: "Demonstrations") -> str:
+    """A line that says which dimensions of the action never move, and in which dataset; empty if all do."""
+    still = []
+    for dataset in datasets:
+        names = [name for name, moves in zip(DIMS, np.ptp(dataset.action, axis=0) > 0) if not moves]
+        if names:
+            still.append(f"{' '.join(names)} in {dataset.path}")
+    return f"never moved: {'; '.join(still)}" if still else ""
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -344,26 +384,22 @@ def load_dataset(
     than `fps` (Hz), corrupt or missing files, wrong shapes or lengths, NaN.
     """
     meta = _read_meta(Path(path), fps)
-    state, action, task = _read_rows(meta)
-    prompt = np.array([meta.tasks[i] for i in task.tolist()], object)
-
     if num_episodes is not None and not 1 <= num_episodes <= len(meta.episodes):
         raise UserError(f"{path} has {len(meta.episodes)} episodes, of which {num_episodes} cannot be used")
-    episodes = meta.episodes[:num_episodes]
-    bounds = np.cumsum([0] + [episode.length for episode in episodes])
-    end = bounds[-1]
-    for episode in episodes:
+    meta.episodes = meta.episodes[:num_episodes]
+    rows = _read_rows(meta)
+    prompt = np.array([meta.tasks[i] for i in rows["task_index"].tolist()], object)
+    bounds = np.cumsum([0] + [episode.length for episode in meta.episodes])
+    for episode in meta.episodes:
         if not episode.image_file.exists():
             raise UserError(f"{episode.image_file}: missing; the images of episode {episode.index} are in it")
 
-    frames = FramesOnDisk(episodes, bounds, meta.image_shape, meta.fps, meta.image_column)
-    if end * math.prod(meta.image_shape) <= max_bytes:
-        frames = frames.decode(np.arange(end))
+    frames = FramesOnDisk(meta.episodes, bounds, rows["place"], meta.image_shape, meta.image_column)
+    if bounds[-1] * math.prod(meta.image_shape) <= max_bytes:
+        frames = frames.decode(np.arange(bounds[-1]))
     else:
         frames.decode_ends()
-    return Demonstrations(
-        meta.root, meta.fps, state[:end], action[:end], prompt[:end], bounds, frames, meta.image_shape
-    )
+    return Demonstrations(meta.root, meta.fps, rows[STATE], rows[ACTION], prompt, bounds, frames, meta.image_shape)
 
 
 @dataclass
@@ -372,9 +408,9 @@ class EpisodeOnDisk:
 
     index: int  # its number in the dataset
     length: int  # frames
-    data_file: Path  # the parquet file with its rows
-    image_file: Path  # the file with its images: a video, or data_file again
-    first: int | None  # its first frame in the video; for image columns its first row, known when that file is read
+    data_file: Path  # the parquet file that should have its rows
+    image_file: Path  # the file with its images: a video, or the parquet file with its rows
+    start: float  # s, where it begins in its video; 0 for image columns
 
 
 @dataclass
@@ -468,12 +504,12 @@ def _read_episodes(root, info, video_key) -> list[EpisodeOnDisk]:
     for row in sorted(rows, key=lambda row: row["episode_index"]):
         data_file = root / info["data_path"].format(**place(row, "data"))
         image_file = data_file
-        first = None
+        start = 0.0
         if video_key:
             kind = f"videos/{video_key}"
             image_file = root / info["video_path"].format(video_key=video_key, **place(row, kind))
-            first = round(row.get(f"{kind}/from_timestamp", 0) * info["fps"])
-        episodes.append(EpisodeOnDisk(row["episode_index"], int(row["length"]), data_file, image_file, first))
+            start = float(row.get(f"{kind}/from_timestamp", 0))
+        episodes.append(EpisodeOnDisk(row["episode_index"], int(row["length"]), data_file, image_file, start))
     return episodes
 
 
@@ -486,62 +522,88 @@ def _read_tasks(root, info):
     return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
 
 
-def _read_rows(meta):
-    """State [N,7], action [N,7] and task index [N] of all N frames. Fills in what `first` the metadata do not say."""
-    states, actions, tasks = [], [], []
-    # Episodes that follow each other share a file (v3.0), which is read once; groupby is a run of equal keys.
-    for path, group in itertools.groupby(meta.episodes, key=lambda episode: episode.data_file):
-        group = list(group)
-        table = _read_table(path, [STATE, ACTION, "episode_index", "task_index"], f"episode {group[0].index}")
-        _check_rows(path, table["episode_index"].to_numpy(), group)
-        row = 0
-        for episode in group:
-            if episode.first is None:
-                episode.first = row
-            row += episode.length
-        states.append(_read_vectors(path, table, STATE))
-        actions.append(_read_vectors(path, table, ACTION))
-        tasks.append(table["task_index"].to_numpy())
+def _read_rows(meta) -> dict[str, np.ndarray]:
+    """State [N,7], action [N,7], task_index [N] and place [N] (see FramesOnDisk) of all N frames.
 
-    task = np.concatenate(tasks)
-    unknown = np.flatnonzero(~np.isin(task, list(meta.tasks)))
+    An episode's rows are found by `episode_index`, as lerobot finds them: recordings that were interrupted leave rows
+    that no episode lists, and conversions leave episodes in another file than the metadata say.
+    """
+    parts = {}  # by episode: its columns
+    counts = {}  # by episode: its rows in the file that the metadata name
+    named = dict.fromkeys(episode.data_file for episode in meta.episodes)
+    for path in named:
+        if path.exists():
+            episodes = [episode for episode in meta.episodes if episode.data_file == path]
+            counts |= _read_episode_rows(meta, path, episodes, parts)
+    for path in sorted((meta.root / "data").glob("*/*.parquet")):
+        elsewhere = [episode for episode in meta.episodes if episode.index not in parts]
+        if not elsewhere:
+            break
+        try:
+            _read_episode_rows(meta, path, elsewhere, parts)
+        except UserError:  # what an interrupted recording leaves: no episode names it
+            continue
+    for episode in meta.episodes:
+        if episode.index not in counts and episode.index not in parts:
+            raise UserError(f"{episode.data_file}: missing; episode {episode.index} should be in it")
+        if episode.index not in parts:
+            raise UserError(
+                f"{episode.data_file}: rows do not match the metadata: episode {episode.index} has "
+                f"{counts[episode.index]} rows, its length is {episode.length}"
+            )
+    rows = {key: np.concatenate([parts[episode.index][key] for episode in meta.episodes]) for key in parts[min(parts)]}
+    unknown = np.flatnonzero(~np.isin(rows["task_index"], list(meta.tasks)))
     if unknown.size:
-        raise UserError(f"{meta.root}/meta: no task {task[unknown[0]]}, which frame {unknown[0]} of the dataset names")
-    return np.concatenate(states), np.concatenate(actions), task
+        task = rows["task_index"][unknown[0]]
+        raise UserError(f"{meta.root}/meta: no task {task}, which frame {unknown[0]} of the dataset names")
+    return rows
 
 
-def _check_rows(path, index, episodes):
-    """UserError unless a file's column `episode_index` is just these episodes, whole and in their order."""
-    expected = np.repeat([episode.index for episode in episodes], [episode.length for episode in episodes])
-    if np.array_equal(index, expected):
-        return
-    counts = [np.count_nonzero(index == episode.index) for episode in episodes]
-    # The first episode whose number of rows is wrong; if none is, the rows are in another order, or there are others.
-    wrong = next((i for i, episode in enumerate(episodes) if counts[i] != episode.length), 0)
-    raise UserError(
-        f"{path}: rows do not match the metadata: episode {episodes[wrong].index} has {counts[wrong]} rows, "
-        f"its length is {episodes[wrong].length}"
-    )
+def _read_episode_rows(meta, path, episodes, parts) -> dict[int, int]:
+    """Put the columns of those of `episodes` that are whole in a parquet file into `parts` -> the rows of each."""
+    columns = [STATE, ACTION, "episode_index", "frame_index", "timestamp", "task_index"]
+    table = _read_table(path, columns, f"episode {episodes[0].index}")
+    index, order, time, task = (table[key].to_numpy() for key in columns[2:])
+    counts = {}
+    for episode in episodes:
+        rows = np.flatnonzero(index == episode.index)
+        counts[episode.index] = len(rows)
+        if len(rows) != episode.length:
+            continue
+        rows = rows[np.argsort(order[rows], kind="stable")]
+        if meta.image_column:
+            episode.image_file = path
+        parts[episode.index] = {
+            STATE: _read_vectors(path, table, STATE, rows),
+            ACTION: _read_vectors(path, table, ACTION, rows),
+            "task_index": task[rows],
+            "place": rows if meta.image_column else episode.start + time[rows].astype(float),
+        }
+    return counts
 
 
-def _read_vectors(path, table, key):
-    """A column of lists as float32 [n,7]."""
+def _read_vectors(path, table, key, rows):
+    """Rows of a column of lists as float32 [n,7]."""
     try:
-        column = table[key].combine_chunks().cast(pa.list_(pa.float32()))
+        column = table[key].take(rows).combine_chunks().cast(pa.list_(pa.float32()))
     except pa.ArrowException as error:
         raise UserError(f"{path}: {key} is no column of lists of numbers ({error})") from None
 
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(lengths != len(DIMS))
     if wrong.size:
-        place = f"episode {table['episode_index'][wrong[0]]}, row {wrong[0]}"
+        place = f"episode {table['episode_index'][rows[wrong[0]]]}, row {rows[wrong[0]]}"
         raise UserError(f"{path}: {key} has {lengths[wrong[0]]} values in {place}; {len(DIMS)} are needed")
     x = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(DIMS))
     wrong = np.flatnonzero(~np.isfinite(x).all(1))
     if wrong.size:
-        place = f"episode {table['episode_index'][wrong[0]]}, row {wrong[0]}"
+        place = f"episode {table['episode_index'][rows[wrong[0]]]}, row {rows[wrong[0]]}"
         raise UserError(f"{path}: {key} has a NaN or an infinity in {place}")
     return x
+
+
+# what the libraries raise for broken files, and for columns or streams that are not there
+UNREADABLE = (pa.ArrowException, av.error.FFmpegError, OSError, ValueError, LookupError, AttributeError, SyntaxError)
 
 
 @dataclass
@@ -550,8 +612,8 @@ class FramesOnDisk:
 
     episodes: list[EpisodeOnDisk]
     bounds: np.ndarray  # int [E+1], as in Demonstrations
+    place: np.ndarray  # [N], where in its file each frame is: s from a video's beginning, or the row of a parquet file
     image_shape: tuple[int, int, int]
-    fps: float  # Hz
     image_column: str | None  # None: video
 
     def __getitem__(self, indices):
@@ -559,31 +621,35 @@ class FramesOnDisk:
         return self.decode(indices)[inverse]
 
     def decode_ends(self):
-        """Find a file that is too short now, and not hours into the training (UserError)."""
-        last_of_file = {episode.image_file: end - 1 for episode, end in zip(self.episodes, self.bounds[1:])}
-        self.decode(np.sort(list(last_of_file.values())))
+        """Find a file that is too short, or has pictures of another size or rate, now and not hours into the training
+        (UserError): the first two frames of each file, and the last."""
+        first = {}
+        last = {}
+        for episode, start, end in zip(self.episodes, self.bounds, self.bounds[1:]):
+            first.setdefault(episode.image_file, start)
+            last[episode.image_file] = end - 1
+        second = [min(first[file] + 1, last[file]) for file in first]
+        self.decode(np.unique([*first.values(), *second, *last.values()]))
 
     def decode(self, indices):
         """The same as frames[indices] for ascending indices without repeats."""
         owner = np.searchsorted(self.bounds, indices, side="right") - 1  # each frame's episode
-        first = np.array([self.episodes[e].first for e in owner])
-        number = indices - self.bounds[owner] + first  # each frame's place in its file
+        place = self.place[indices]
         files = np.array([str(self.episodes[e].image_file) for e in owner], object)
         out = np.empty((len(indices), *self.image_shape), np.uint8)
         for path in dict.fromkeys(files):  # a set that keeps the order
             wanted = np.flatnonzero(files == path)
-            wanted = wanted[np.argsort(number[wanted])]  # a file is decoded forwards
+            wanted = wanted[np.argsort(place[wanted])]  # a file is decoded forwards
             if self.image_column:
-                pictures = _decode_images(path, number[wanted], self.image_column)
+                pictures = _decode_images(path, place[wanted], self.image_column)
             else:
-                pictures = _decode_video(path, number[wanted], self.fps)
+                pictures = _decode_video(path, place[wanted])
             for i in wanted:
                 try:
                     picture = next(pictures)
                     if picture.shape != self.image_shape:
                         raise ValueError(f"it is {picture.shape}, info.json says {self.image_shape}")
-                # what the two libraries raise for broken files, and columns or streams that are not there
-                except (pa.ArrowException, av.error.FFmpegError, OSError, ValueError, LookupError, AttributeError) as e:
+                except UNREADABLE as e:
                     where = f"frame {indices[i] - self.bounds[owner[i]]} of episode {self.episodes[owner[i]].index}"
                     raise UserError(f"{path}: {where} cannot be read ({e})") from None
                 out[i] = picture
@@ -622,29 +688,41 @@ def _decode_images(path, rows, column):
         encoded = file.read_row_group(group, [column], use_threads=False)[column].combine_chunks().field("bytes")
         group_start = ends[group] - len(encoded)
         for row in rows[groups == group]:
-            picture = encoded[row - group_start].as_py() or b""
-            # A new decoder each time: FFmpeg's PNG decoder, used twice, returns garbage the second time.
-            decoder = av.CodecContext.create("png" if picture.startswith(b"\x89PNG") else "mjpeg", "r")
-            yield decoder.decode(av.Packet(picture))[0].to_ndarray(format="rgb24")
+            yield _decode_picture(encoded[row - group_start].as_py() or b"")
 
 
-def _decode_video(path, numbers, fps):
-    """Yield the given frames (ascending, counted from the beginning of the video), uint8 [H,W,3]."""
+def _decode_picture(encoded: bytes) -> np.ndarray:
+    """A PNG or JPEG file's content as uint8 [H,W,3], by PIL, as lerobot does: another JPEG decoder differs by dozens of
+    levels where colours have half the resolution. An alpha channel is dropped."""
+    picture = Image.open(io.BytesIO(encoded))
+    if picture.mode.startswith(("I", "F")):
+        raise ValueError(f"it is a depth map (PIL's mode {picture.mode}): choose another camera")
+    return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+
+
+TOLERANCE = 1e-4  # s, lerobot's
+
+
+def _decode_video(path, times):
+    """Yield the frames at the given times (s from the beginning of the video, ascending), uint8 [H,W,3]. Frames are
+    found by time, as lerobot does, and not by number: a video may have another rate than the dataset."""
     video = _open(_video_file, path)
     stream = video.streams.video[0]
-    start = stream.start_time or 0
+    near = 8 / (stream.average_rate or 10)  # s, further ones are reached faster by seeking
     to_rgb = VideoReformatter()
-    position = None  # of the frame that was decoded last
-    for number in numbers:
-        if position is None or number > position + 8:  # seek to the key frame before; nearer ones just decode on
-            video.seek(start + round(number / fps / stream.time_base), stream=stream)
+    now = -math.inf  # when the frame that was decoded last is shown
+    for time in times:
+        if time > now + near:  # seek to the key frame before; nearer ones just decode on
+            video.seek(math.floor((time + TOLERANCE) / stream.time_base), stream=stream)
             decoded = video.decode(stream)
-        for frame in decoded:
-            position = round((frame.pts - start) * stream.time_base * fps)
-            if position >= number:
-                break
-        if position != number:
-            raise ValueError("it is not in the video")
+            now = -math.inf
+        while now < time - TOLERANCE:
+            frame = next(decoded, None)
+            if frame is None:
+                raise ValueError(f"the video ends before {time:.3f} s, where it should be")
+            now = float(frame.pts * stream.time_base)
+        if now > time + TOLERANCE:
+            raise ValueError(f"the video has no frame at {time:.3f} s, the next one is at {now:.3f} s")
         # One converter for all frames, one thread: to_ndarray alone starts threads for every frame, 100 times slower.
         yield to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
 

@@ -107,7 +107,7 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.bf16 else None
-    policy = load_policy(args.policy, stats=data.statistics(*trained_on), dtype=dtype, device=device)
+    policy = load_policy(args.policy, stats=data.statistics(real, sim, args.alpha), dtype=dtype, device=device)
     policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
     trainable = [p for p in policy.parameters() if p.requires_grad]

@@ -1,6 +1,7 @@
 """data.py: LeRobot datasets round trip, agree with lerobot's own reading, and fail readably; the mixture is exact."""
 
 import gc
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
@@ -119,20 +121,77 @@ def test_reads_as_lerobot_does(name, max_bytes):
     np.testing.assert_array_equal(chunks["action_is_pad"], expected["pad"])
 
 
+@pytest.mark.parametrize("max_bytes", [1 << 30, 0], ids=["memory", "disk"])
+@pytest.mark.parametrize("name", ["vid_fps30", "interrupted_by_lerobot", "last_ep_missing_in_meta"])
+def test_reads_the_listed_episodes_of_what_other_tools_left(name, max_bytes):
+    """A video of three frames a step; rows of an episode that the metadata do not list. `expected` is what lerobot
+    0.4.4 returns of the listed ones, with PyAV for the frames at the times that it asks for."""
+    demos, expected = load_dataset(FIXTURES / name, max_bytes), np.load(FIXTURES / name / "as_read_by_lerobot.npz")
+    np.testing.assert_array_equal(np.diff(demos.bounds), np.bincount(expected["episode"]))
+    np.testing.assert_array_equal(demos.state, expected["state"])
+    np.testing.assert_array_equal(demos.action, expected["action"])
+    difference = np.abs(demos.frames[expected["shown"]].astype(int) - expected["image"])
+    assert difference.max() <= (0 if name == "last_ep_missing_in_meta" else 2)
+
+
+def test_rows_are_found_by_their_episode(folder, tmp_path):
+    """In files that the metadata do not name, in another order, beside what other recordings left."""
+    shutil.copytree(folder / "image", tmp_path / "demos")
+    whole = load_dataset(folder / "image")
+    file = tmp_path / "demos" / DATA_FILE
+    table = pq.read_table(file, partitioning=None)
+    foreign = table.slice(20).set_column(table.column_names.index("episode_index"), "episode_index", [[9] * 5])
+    mixed = pa.concat_tables(
+        [foreign, table.slice(20), table.slice(7, 1), table.slice(8, 12).take(np.arange(11, -1, -1))]
+    )
+    pq.write_table(mixed, file.with_name("file-001.parquet"), row_group_size=3)
+    pq.write_table(table.slice(0, 12), file)  # episodes 0 and 1, and the beginning of 2
+    file.with_name("file-002.parquet").write_bytes(b"PAR1 cut off")
+    for max_bytes in (1 << 30, 0):
+        demos = load_dataset(tmp_path / "demos", max_bytes)
+        assert demos.bounds.tolist() == whole.bounds.tolist()
+        np.testing.assert_array_equal(demos.action, whole.action)
+        np.testing.assert_array_equal(demos.frames[np.arange(25)], whole.frames)
+
+
+@pytest.mark.parametrize("subsampling", [0, 2], ids=["4:4:4", "4:2:0"])
+def test_pictures_are_what_pil_decodes(folder, tmp_path, subsampling):
+    shutil.copytree(folder / "image", tmp_path / "demos")
+    sharp = np.random.default_rng(0).integers(256, size=(25, 32, 48, 3), dtype=np.uint8)
+    files, expected = [], []
+    for i, picture in enumerate(sharp):
+        file = io.BytesIO()
+        if i % 5:
+            Image.fromarray(picture).save(file, "JPEG", subsampling=subsampling, quality=80)
+            expected.append(np.asarray(Image.open(file)))
+        else:
+            alpha = np.full((32, 48, 1), 40, np.uint8)
+            Image.fromarray(np.concatenate([picture, alpha], 2)).save(file, "PNG")
+            expected.append(picture)
+        files.append({"bytes": file.getvalue(), "path": None})
+    rewrite(tmp_path / "demos" / DATA_FILE, **{IMAGE: pa.array(files)})
+    np.testing.assert_array_equal(load_dataset(tmp_path / "demos").frames, np.stack(expected))
+
+
 # ---- statistics ---------------------------------------------------------------------------------------------------
 def test_statistics(folder):
     demos, other = load_dataset(folder / "image"), load_dataset(FIXTURES / "lerobot_v30_image")
     union = np.concatenate([demos.action, other.action]).astype(np.float64)
     stats = statistics(demos, other)[ACTION]
+    quantiles = np.stack([np.quantile(d.action.astype(np.float64), [0.01, 0.99], 0) for d in (demos, other)])
     for name, value in dict(
         mean=union.mean(0),
         std=union.std(0),
         min=union.min(0),
         max=union.max(0),
-        q01=np.quantile(union, 0.01, 0),
-        q99=np.quantile(union, 0.99, 0),
+        q01=quantiles[:, 0].min(0),
+        q99=quantiles[:, 1].max(0),
     ).items():
         np.testing.assert_allclose(stats[name], value, rtol=1e-12)
+    np.testing.assert_allclose(  # each its share, as in the batches
+        statistics(demos, other, alpha=0.8)[ACTION]["mean"],
+        0.2 * demos.action.astype(np.float64).mean(0) + 0.8 * other.action.astype(np.float64).mean(0),
+    )
 
     written = json.loads((folder / "image/meta/stats.json").read_text())
     assert {k: written[STATE][k] for k in stats} == statistics(demos)[STATE]
@@ -147,6 +206,36 @@ def test_statistics(folder):
     ).items():
         np.testing.assert_allclose(np.array(written[IMAGE][name])[:, 0, 0], value, rtol=1e-12, err_msg=name)
     assert written[IMAGE]["count"] == [25]
+
+
+@pytest.mark.parametrize("turning", [3, 1])
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 0.99])
+def test_a_motion_that_only_the_robot_makes_survives(real, alpha, turning, capsys):
+    """Twin demonstrations that never turn are ten times as many; ten real ones turn in some of 40 frames, both ways."""
+    rng = np.random.default_rng(0)
+
+    def dataset(name, episodes):
+        action = rng.normal(0, 0.01, (episodes * 40, 7)).astype(np.float32)
+        action[:, 3:] = 0
+        return replace(real, path=Path(name), state=action, action=action, prompt=None, bounds=None, frames=None)
+
+    twin, robot = dataset("demos/twin", 100), dataset("demos/robot", 10)
+    turn = np.zeros((10, 40), np.float32)
+    turn[::2, :turning] = 0.2
+    turn[1::2, :turning] = -0.2
+    if turning == 1:
+        turn[2:] = 0  # in one of 200 frames: no quantile sees it
+    robot.action[:, 5] = turn.ravel()
+    stats = statistics(robot, twin, alpha)[ACTION]
+    assert stats["q01"][5] == pytest.approx(-0.2) and stats["q99"][5] == pytest.approx(0.2)
+    assert stats["q01"][3] == stats["q99"][3] == 0
+    line = "never moved: roll pitch gripper in demos/robot; roll pitch yaw gripper in demos/twin\n"
+    assert capsys.readouterr().out == line
+    only_twin = statistics(robot, twin, 1.0)[ACTION]  # what is in no batch counts for nothing
+    assert only_twin["q01"][5] == only_twin["q99"][5] == 0
+    assert statistics(robot, twin, 0.0) == statistics(robot)
+    robot.action[:] = rng.normal(size=robot.action.shape)
+    assert data.still_dims(robot) == ""
 
 
 # ---- mixture ------------------------------------------------------------------------------------------------------
@@ -282,6 +371,12 @@ def short_action(root):
     rewrite(root / DATA_FILE, action=pa.array(action, pa.list_(pa.float32())))
 
 
+def slow_video(root):
+    """Of 5 frames a second: every other frame of a dataset of 10 Hz is not in it."""
+    write_dataset(root / "slow", EPISODES, fps=5, video=True)
+    return root / "slow" / VIDEO_FILE
+
+
 BROKEN = {
     "no dataset": (lambda r: shutil.rmtree(r / "meta"), "is no LeRobot dataset"),
     "corrupt info": (lambda r: truncate(r / "meta/info.json"), r"info\.json: corrupt"),
@@ -306,6 +401,10 @@ BROKEN = {
     "missing parquet": (lambda r: (r / DATA_FILE).unlink(), "file-000.parquet: missing; episode 0"),
     "missing video": (lambda r: (r / VIDEO_FILE).unlink(), "file-000.mp4: missing; .*episode 0"),
     "truncated video": (lambda r: truncate(r / VIDEO_FILE), "file-000.mp4: frame .* of episode .* cannot be read"),
+    "slow video": (
+        lambda r: shutil.copy(slow_video(r), r / VIDEO_FILE),
+        r"file-000.mp4: frame .* cannot be read \(the video has no frame at 0.\d00 s",
+    ),
     "short video": (
         lambda r: shutil.copy(FIXTURES / "lerobot_v30_video" / VIDEO_FILE, r / VIDEO_FILE),
         "file-000.mp4: frame .* of episode .* cannot be read",
