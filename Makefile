@@ -15,7 +15,7 @@ demo: setup
 test: setup .venv/robot
 	@$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n 2 --dist loadfile
 
 results: setup
 	@$(PY) -m results.experiment

@@ -6,10 +6,15 @@ our own layout or in openpi's, lerobot's, OpenVLA's or RLinf's; `write_checkpoin
 """
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,21 +31,36 @@ from tokenizers import Tokenizer
 class UserError(Exception):
     """What is the user's to mend: one line that says what is wrong and what to do."""
 
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # libraries, whose errors are quoted, write several lines
+
 
 def one_line_errors(debug: bool = False) -> None:
-    """Let this process end with one line at a UserError or Ctrl-C. For scripts: any other error, and with `debug` also
-    a UserError, shows its traceback. Python exits with 1 after an uncaught error."""
+    """Let this process end with one line at a UserError, a full disk, Ctrl-C, SIGTERM, or when its terminal closes. For
+    scripts: any other error, and with `debug` also these, shows its traceback. Python exits with 1 after an uncaught
+    error."""
 
     def report(kind, error, traceback):
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted; the same command goes on", file=sys.stderr)
             return
-        if debug or not issubclass(kind, UserError):
+        users = issubclass(kind, UserError) or disk_is_full(error)
+        if debug or not users:
             sys.__excepthook__(kind, error, traceback)
-        if issubclass(kind, UserError):
+        if users:
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
 
+    def stop(number, frame):
+        raise KeyboardInterrupt  # so that what is being written is cleaned up, and workers end
+
     sys.excepthook = report
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and that stays so
+            signal.signal(number, stop)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -53,12 +73,46 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Hidden, so that nothing here reads what a killed process left; the process's number, as two may write one file.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except Exception as error:
+        # Libraries say it in their own ways: the room that is left tells.
+        if disk_is_full(error) or shutil.disk_usage(path.parent).free < 2**16:
+            raise UserError(
+                f"{path} cannot be written: the disk is full. Make room; the same command goes on"
+            ) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+CLAIMS = []  # open lock files: a lock ends with the process, however that ends
+
+
+def claim(folder: str | Path) -> None:
+    """Make `folder` and keep it for this process until it ends: UserError, which names the other process, if one that
+    runs has it. Files that a killed process was writing in it are deleted."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a+")
+    CLAIMS.append(lock)
+    try:
+        # Unlike flock, this kind is not passed on to forked workers, which may outlive the process by seconds.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise UserError(
+            f"{folder} is in use by {lock.read() or 'another process'}: wait for it, stop it, or choose another folder"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)})")
+    lock.flush()
+    for file in folder.rglob(".*.partial*"):
+        process = re.fullmatch(r"\..+\.(\d+)\.partial(\.\w+)?", file.name)  # of `whole_file`
+        if process and not Path("/proc", process[1]).exists():
+            file.unlink(missing_ok=True)
 
 
 def write_file(path: str | Path, content) -> None:
@@ -109,8 +163,10 @@ def save_run(folder: Path, settings: dict, **state) -> None:
 
 
 def resume_run(folder: Path, settings: dict, free: set[str]) -> dict | None:
-    """What `save_run` wrote, or None where no run was begun. UserError if that run had other settings than these; those
-    named in `free` may differ. The random numbers stay as they are: call `restore_rng` last."""
+    """Claim the folder -> what `save_run` wrote, or None where no run was begun. UserError if that run had other
+    settings than these; those named in `free` may differ. The random numbers stay as they are: call `restore_rng`
+    last."""
+    claim(folder)
     if not (folder / "trainer.pt").exists():
         return None
     state = read_file(folder / "trainer.pt")

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -38,7 +37,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from checkpoints import UserError, one_line_errors
+from checkpoints import UserError, claim, one_line_errors
 
 # envs.py is imported in the functions that collect: whoever only reads datasets needs no simulator.
 
@@ -146,9 +145,10 @@ class DatasetWriter:
         self.fps = fps
         self.video = video
         self._refuse_what_exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
-        self.root = self.temporary / "dataset"  # mkdtemp's own folder is closed to other users
+        self.temporary = self.path.with_name(f".{self.path.name}.partial")
+        claim(self.temporary)
+        self.root = self.temporary / "dataset"
+        shutil.rmtree(self.root, ignore_errors=True)  # of a writer that was killed
         (self.root / "meta/episodes/chunk-000").mkdir(parents=True)
         self.image_shape = None  # (H, W, 3) of the first episode, and so of all
         self.episodes = []  # a row of meta/episodes each

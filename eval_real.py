@@ -30,7 +30,7 @@ import torch
 import tyro
 
 import envs
-from checkpoints import UserError, one_line_errors, read_file, run_settings, write_file
+from checkpoints import UserError, claim, one_line_errors, read_file, run_settings, write_file
 from policy import Policy, load_policy
 from robot import Camera, Franka, Keyboard, Rig, Stopped, get_ready, play, show_overlay
 
@@ -246,7 +246,7 @@ def standin(args: StandinArgs) -> None:
     repeat = dict(weights=weights, **provenance(args))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     domains = list(dict.fromkeys(["twin", args.target]))
-    args.out.mkdir(parents=True, exist_ok=True)  # if it cannot be made, that is known before the episodes
+    claim(args.out)
 
     results = []
     outcomes = {domain: {} for domain in domains}
@@ -315,6 +315,7 @@ class Trials:
     """The trials of an evaluation on the arm, in OUT/franka.json, which is written after each of them."""
 
     def __init__(self, args: FrankaArgs, policies: dict[str, Policy]):
+        claim(args.out)
         self.args = args
         self.path = args.out / "franka.json"
         self.names = list(policies)

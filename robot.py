@@ -30,7 +30,7 @@ from scipy.spatial.transform import Rotation
 
 import data
 import envs
-from checkpoints import UserError, whole_file
+from checkpoints import UserError, claim, whole_file
 
 
 class Stopped(Exception):
@@ -747,7 +747,7 @@ def record(args: RecordArgs) -> None:
     if out.exists():
         raise UserError(f"{out} exists already: delete it, or choose another folder")
     parts = out.with_name(f"{out.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    claim(parts)
 
     def kept():
         return sorted(parts.glob("[0-9]*.npz"))

@@ -344,7 +344,10 @@ def main(args: Args):
             experience["advantage"], experience["returns"] = gae(*columns, args.gamma, args.gae_lambda)
             log |= rollout_metrics(experience, seconds=time.time() - began)
             warming_up = iteration < args.critic_warmup
-            log |= update(policy, optimizer, experience, real_batches, updates, warming_up, args)
+            try:
+                log |= update(policy, optimizer, experience, real_batches, updates, warming_up, args)
+            except UserError as error:
+                raise UserError(f"iteration {iteration}: {error}") from None
             updates += log["time/updates"]
             del experience  # before the next rollout: observations are large where they hold the prefix
             log["time/iteration_seconds"] = time.time() - began

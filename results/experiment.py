@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from checkpoints import UserError, one_line_errors, whole_file, write_file
+from checkpoints import UserError, claim, one_line_errors, whole_file, write_file
 from envs import TASKS, VARIATIONS
 from eval_real import wilson
 from train_rlco import curve
@@ -167,7 +167,7 @@ def run(cells: list[Cell], jobs: int) -> list[str]:
     # Before anything trains: two runs of a task would collect its demonstrations at the same time.
     for task, target in dict.fromkeys((cell.task, cell.target) for cell in todo.values()):
         subprocess.run([sys.executable, "data.py", "collect", "--task", task, "--target", target], check=True)
-    Path("runs/experiment").mkdir(parents=True, exist_ok=True)
+    claim("runs/experiment")
     try:
         while running or any(ready(cell) for cell in todo.values()):  # what else is left needs what has failed
             for cell in [cell for cell in todo.values() if ready(cell)][: jobs - len(running)]:

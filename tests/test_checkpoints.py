@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -42,11 +43,52 @@ def test_a_file_is_whole_or_not_there(tmp_path):
             temporary.write_text("half")
             raise error
     assert path.read_text() == "first" and [p.name for p in path.parent.iterdir()] == ["file.txt"]
-    (path.parent / ".killed.7.json").write_text("half")  # is not read, and does not go along
+    (path.parent / ".killed.7.partial.json").write_text("half")  # is not read, and does not go along
     make("tiny-pi05").save(path.parent)
-    (path.parent / ".model.7.safetensors").write_bytes(b"half")
+    (path.parent / ".model.7.partial.safetensors").write_bytes(b"half")
     P.load_policy(path.parent).save(tmp_path / "other")
     assert not list((tmp_path / "other").glob(".*"))
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="file.txt cannot be written: the disk is full"):
+        with C.whole_file(tmp_path / "file.txt"), open("/dev/full", "w") as full:
+            full.write("x")
+            full.flush()
+    assert not list(tmp_path.iterdir())
+
+
+CLAIM = """
+import sys, time
+sys.path.insert(0, {root!r})
+import checkpoints
+checkpoints.one_line_errors()
+checkpoints.claim("run")
+with checkpoints.whole_file("run/last/file.txt") as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_start_names_the_first_and_a_kill_leaves_neither_lock_nor_litter(tmp_path):
+    command = [sys.executable, "-c", CLAIM.format(root=str(Path(C.__file__).parent))]
+    run = partial(subprocess.Popen, command, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+    first = run()
+    assert first.stdout.readline() == "writing\n"
+    second = run()
+    output, error = second.communicate()
+    assert second.returncode == 1 and not output and error.count("\n") == 1
+    assert f"run is in use by process {first.pid} on" in error
+    assert [p.suffix for p in (tmp_path / "run/last").iterdir()] == [".txt"]  # what the first writes is still there
+    first.kill()
+    first.wait()
+    third = run()
+    assert third.stdout.readline() == "writing\n"
+    assert [p.name for p in (tmp_path / "run/last").iterdir()] == [f".file.{third.pid}.partial.txt"]
+    third.terminate()
+    assert third.communicate()[1] == "interrupted; the same command goes on\n" and third.returncode != 0
+    assert not list((tmp_path / "run/last").iterdir())
 
 
 SCRIPT = """

@@ -484,7 +484,8 @@ def test_writing_leaves_what_exists_alone(folder, tmp_path):
         write_dataset(tmp_path / "demos", [], fps=10)
     with pytest.raises(UserError, match="exists already"), DatasetWriter(tmp_path / "demos", fps=10) as writer:
         writer.add_episode(EPISODES[0])
-        write_dataset(tmp_path / "demos", EPISODES[1:], fps=5)  # somebody else was faster
+        write_dataset(tmp_path / "copy", EPISODES[1:], fps=5)
+        (tmp_path / "copy").rename(tmp_path / "demos")  # somebody else was faster
     assert load_dataset(tmp_path / "demos").fps == 5 and len(list(tmp_path.iterdir())) == 1
 
 

@@ -13,7 +13,7 @@ FLOORS = (  # from the ground up; rooms of one floor do not import each other
     "data",
     "robot",
     "train_sft train_rlco eval_real",
-    "results.experiment results.bench results.simulator",
+    "results.experiment results.bench results.simulator results.trust",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
