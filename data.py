@@ -14,13 +14,14 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
@@ -35,6 +36,7 @@ import torch
 import tyro
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
+from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from checkpoints import UserError, claim, one_line_errors
@@ -361,45 +363,120 @@ class Demonstrations:
     """N frames of E episodes, in order. len() is N."""
 
     path: Path
-    fps: float  # Hz, the control rate
+    fps: float  # Hz, the rate of the actions
     state: np.ndarray  # float32 [N,7]
-    action: np.ndarray  # float32 [N,7]
+    action: np.ndarray  # float32 [N * steps,7]
     prompt: np.ndarray  # str objects [N]
     bounds: np.ndarray  # int [E+1]: episode e is the frames bounds[e] .. bounds[e+1]-1
     frames: "np.ndarray | FramesOnDisk"  # frames[int array [n]] -> uint8 [n,H,W,3]
     image_shape: tuple[int, int, int]  # (H, W, 3)
+    steps: int = 1  # actions from a frame to the next, more than 1 where frames were recorded at a lower rate
 
     def __len__(self):
         return len(self.state)
 
+    def part(self, first: int, last: int) -> "Demonstrations":
+        """Episodes first .. last-1."""
+        start, end = self.bounds[[first, last]]
+        return replace(
+            self,
+            state=self.state[start:end],
+            action=self.action[start * self.steps : end * self.steps],
+            prompt=self.prompt[start:end],
+            bounds=self.bounds[first : last + 1] - start,
+            frames=self.frames[start:end] if isinstance(self.frames, np.ndarray) else self.frames.part(first, last),
+        )
+
 
 def load_dataset(
-    path: str | Path, max_bytes: int = 4 << 30, num_episodes: int | None = None, fps: float | None = None
+    path: str | Path,
+    max_bytes: int = 4 << 30,
+    num_episodes: int | None = None,
+    fps: float | None = None,
+    camera: str | None = None,
+    image_size: int | None = None,
 ) -> Demonstrations:
-    """Read a LeRobot dataset, v2.1 or v3.0, images as video or as image columns.
+    """Read a LeRobot dataset, v2.x or v3.0, images as video or as image columns.
 
-    The camera is "observation.images.base_0_rgb", or the only one there is. Frames are decoded into memory if they
-    take at most `max_bytes`, otherwise on access. With `num_episodes` only the first so many are kept.
-    UserError with one line that names the file and the episode: no dataset, unknown version, recorded at another rate
-    than `fps` (Hz), corrupt or missing files, wrong shapes or lengths, NaN.
+    path: a folder with a dataset in it, or the name of one on the Hub (see `find_dataset`).
+    max_bytes: frames are decoded into memory if they take no more, otherwise on access.
+    num_episodes: only the first so many are kept.
+    fps: Hz, the rate of the actions that are wanted. Of a dataset at a multiple of it every n-th frame is kept, with
+        the motion of n actions; at an n-th of it, an action is done in n equal parts. None: as it was recorded.
+    camera: its key, or the end of it. None: "observation.images.base_0_rgb", openpi's "image", or the only one.
+    image_size: pixels; pictures of another size are cropped to their square middle and scaled. None: as they are.
+
+    What is changed or left out is printed, in a line. UserError with one line that names the file and the episode: no
+    dataset, unknown version, a rate that does not fit, corrupt or missing files, wrong shapes or lengths, NaN.
     """
-    meta = _read_meta(Path(path), fps)
+    meta = _read_meta(find_dataset(path), camera)
     if num_episodes is not None and not 1 <= num_episodes <= len(meta.episodes):
         raise UserError(f"{path} has {len(meta.episodes)} episodes, of which {num_episodes} cannot be used")
     meta.episodes = meta.episodes[:num_episodes]
+    every, steps = _rates(meta, fps or meta.fps)
     rows = _read_rows(meta)
-    prompt = np.array([meta.tasks[i] for i in rows["task_index"].tolist()], object)
     bounds = np.cumsum([0] + [episode.length for episode in meta.episodes])
+    rows, bounds = _resample(rows, bounds, every, steps)
+    prompt = np.array([meta.tasks[i] for i in rows["task_index"].tolist()], object)
     for episode in meta.episodes:
         if not episode.image_file.exists():
             raise UserError(f"{episode.image_file}: missing; the images of episode {episode.index} are in it")
 
-    frames = FramesOnDisk(meta.episodes, bounds, rows["place"], meta.image_shape, meta.image_column)
-    if bounds[-1] * math.prod(meta.image_shape) <= max_bytes:
+    image_shape = (image_size, image_size, 3) if image_size else meta.image_shape
+    if image_shape != meta.image_shape:
+        shapes = ["{} x {}".format(*shape[:2]) for shape in (meta.image_shape, image_shape)]
+        meta.notes.append(f"the square middle of its {shapes[0]} pixels is scaled to {shapes[1]}")
+    frames = FramesOnDisk(meta.episodes, bounds, rows["place"], meta.image_shape, image_shape, meta.image_column)
+    if bounds[-1] * math.prod(image_shape) <= max_bytes:
         frames = frames.decode(np.arange(bounds[-1]))
     else:
         frames.decode_ends()
-    return Demonstrations(meta.root, meta.fps, rows[STATE], rows[ACTION], prompt, bounds, frames, meta.image_shape)
+    if meta.notes:
+        print(f"{path}: {'; '.join(meta.notes)}")
+    return Demonstrations(
+        Path(path), fps or meta.fps, rows[STATE], rows[ACTION], prompt, bounds, frames, image_shape, steps
+    )
+
+
+def find_dataset(name: str | Path) -> Path:
+    """The folder of a dataset: `name` itself, or the only one in it. If `name` is no folder, that of the Hub's dataset
+    `owner/name`: in lerobot's folder (HF_LEROBOT_HOME), in the caches of lerobot and of the Hub, or downloaded."""
+    folder = Path(name)
+    if not folder.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and folder.parent != Path("demos"):
+        folder = _find_on_hub(str(name))
+    if (folder / "meta/info.json").exists():
+        return folder
+    inside = sorted(file.parent.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/meta/info.json"))
+    if len(inside) > 1:
+        raise UserError(f"{folder} has {len(inside)} datasets in it: name one, such as {inside[0]}")
+    if not inside:
+        raise UserError(
+            f"{folder} is no LeRobot dataset: no meta/info.json (`python data.py collect` collects datasets)"
+        )
+    return inside[0]
+
+
+def _find_on_hub(name: str) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    home = Path(os.environ.get("HF_LEROBOT_HOME") or Path(constants.HF_HOME) / "lerobot").expanduser()
+    if (home / name).is_dir():
+        return home / name
+    for cache in (home / "hub", Path(constants.HF_HUB_CACHE)):
+        for snapshot in sorted(cache.glob(f"datasets--{name.replace('/', '--')}/snapshots/*"), key=os.path.getmtime)[
+            ::-1
+        ]:
+            if any(snapshot.glob("**/data/*/*.parquet")):  # lerobot first fetches `meta` alone
+                return snapshot
+    try:
+        HfApi().dataset_info(name, timeout=5)  # without a network this fails at once, a download after many retries
+        print(f"{name} is no folder here, nor in the cache: it is downloaded from the Hub")
+        return Path(snapshot_download(name, repo_type="dataset"))
+    except Exception as error:  # no network, no such dataset, no right to it: no common class
+        raise UserError(
+            f"{name} is no folder here, not in {home} or the Hub's cache, and the Hub does not give it "
+            f"({type(error).__name__})"
+        ) from error
 
 
 @dataclass
@@ -419,40 +496,111 @@ class Metadata:
 
     root: Path
     fps: float  # Hz
+    keys: dict[str, str]  # the columns of STATE and ACTION
     image_column: str | None  # None: video
     image_shape: tuple[int, int, int]  # (H, W, 3)
     episodes: list[EpisodeOnDisk]
     tasks: dict[int, str]  # by task_index
+    notes: list[str]  # what is changed or left out
 
 
-def _read_meta(root, fps) -> Metadata:
-    if not (root / "meta/info.json").exists():
-        raise UserError(f"{root} is no LeRobot dataset: no meta/info.json (`python data.py collect` collects datasets)")
+KEYS = {STATE: (STATE, "state"), ACTION: (ACTION, "actions")}  # lerobot's, and what openpi and RLinf call them
+
+
+def _read_meta(root, camera) -> Metadata:
     info = _read_json(root / "meta/info.json")
     try:
-        recorded = info["fps"]
-        shapes = {key: tuple(feature["shape"]) for key, feature in info["features"].items()}
-        cameras = [key for key, feature in info["features"].items() if feature["dtype"] in ("image", "video")]
-        if info["codebase_version"] not in ("v2.1", "v3.0"):
-            raise UserError(f"{root}: codebase_version {info['codebase_version']} is not v2.1 or v3.0")
-        if fps and recorded != fps:
-            raise UserError(f"{root} is recorded at {recorded} Hz, not at {fps} Hz: its actions mean other motions")
-        for key in (STATE, ACTION):
-            if shapes.get(key) != (len(DIMS),):
-                raise UserError(f"{root}: {key} has shape {shapes.get(key)}, ({len(DIMS)},) needed: {' '.join(DIMS)}")
-        if IMAGE not in cameras and len(cameras) != 1:
-            raise UserError(f"{root}: a camera {IMAGE} is needed, or only one camera; it has {cameras}")
+        features = info["features"]
+        if info["codebase_version"] not in ("v2.0", "v2.1", "v3.0"):
+            raise UserError(f"{root}: codebase_version {info['codebase_version']} is not v2.0, v2.1 or v3.0")
+        keys = {}
+        for key, names in KEYS.items():
+            keys[key] = next((name for name in names if name in features), key)
+            shape = tuple(features[keys[key]]["shape"]) if keys[key] in features else None
+            if shape != (len(DIMS),):
+                raise UserError(f"{root}: {keys[key]} has shape {shape}, ({len(DIMS)},) needed: {' '.join(DIMS)}")
 
-        camera = IMAGE if IMAGE in cameras else cameras[0]
-        is_video = info["features"][camera]["dtype"] == "video"
-        image_shape = shapes[camera]
-        if image_shape[0] == 3 and image_shape[-1] != 3:  # some datasets say channels first
-            image_shape = (image_shape[1], image_shape[2], 3)
+        notes = []
+        camera = _choose_camera(root, features, camera, notes)
+        is_video = features[camera]["dtype"] == "video"
+        height, width, channels = features[camera]["shape"]
+        if channels not in (3, 4):  # some datasets say channels first
+            channels, height, width = height, width, channels
+        if channels == 4:
+            notes.append("alpha is left out")
         episodes = _read_episodes(root, info, camera if is_video else None)
-        tasks = _read_tasks(root, info)
-        return Metadata(root, recorded, None if is_video else camera, image_shape, episodes, tasks)
-    except (LookupError, TypeError, AttributeError, StopIteration) as error:  # JSON that lacks or has something else
+        image_column = None if is_video else camera
+        shape = (height, width, 3)
+        return Metadata(root, info["fps"], keys, image_column, shape, episodes, _read_tasks(root, info), notes)
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        StopIteration,
+    ) as error:  # JSON lacks or has other things
         raise UserError(f"{root}/meta: corrupt or incomplete ({error!r})") from None
+
+
+def _choose_camera(root, features, wanted, notes) -> str:
+    """The key of the camera that is `wanted`, or that is certain."""
+    cameras = [key for key, feature in features.items() if feature["dtype"] in ("image", "video")]
+    colour = [key for key in cameras if not _is_depth(key, features[key])]
+    certain = [key for key in (wanted, IMAGE, "image") if key in colour and wanted in (None, key)]
+    chosen = certain[:1] or [key for key in colour if not wanted or key.endswith(f".{wanted}")]
+    if len(chosen) != 1:
+        asked = f"no camera {wanted}" if wanted else f"a camera {IMAGE} is needed, or only one, or --camera KEY"
+        raise UserError(f"{root}: {asked}; it has {colour}")
+    others = [key for key in cameras if key != chosen[0]]
+    if others:
+        notes.append(f"camera {chosen[0]}; {', '.join(others)} left out")
+    return chosen[0]
+
+
+def _is_depth(key, feature):
+    """Whether a camera gives distances and not colours, as lerobot marks it, or by its name or its single channel."""
+    marks = [feature, feature.get("info") or {}, feature.get("video_info") or {}]
+    marked = any(mark.get("is_depth_map") or mark.get("video.is_depth_map") for mark in marks)
+    return marked or "depth" in key.lower() or 1 in (feature["shape"][0], feature["shape"][-1])
+
+
+def _rates(meta, fps) -> tuple[int, int]:
+    """How many recorded frames make a step at `fps` (Hz), and how many steps a frame lasts; one of them is 1."""
+    every = max(1, round(meta.fps / fps))
+    steps = max(1, round(fps / meta.fps))
+    if not math.isclose(meta.fps * steps, fps * every, rel_tol=1e-6):
+        raise UserError(
+            f"{meta.root} is recorded at {meta.fps} Hz: neither {fps} Hz, at which the twin acts, nor a multiple or a "
+            "fraction of it; resample the dataset"
+        )
+    if every > 1:
+        meta.notes.append(f"{meta.fps} Hz: one frame in {every} is used, and {every} actions become one of {fps} Hz")
+    if steps > 1:
+        meta.notes.append(f"{meta.fps} Hz: each action becomes {steps} equal parts at {fps} Hz")
+    return every, steps
+
+
+def _resample(rows, bounds, every, steps):
+    """Rows and bounds at another rate (see _rates). Displacements add up, rotations follow each other, in the base
+    frame; the gripper does what it was told last."""
+    action = rows[ACTION]
+    if every > 1:
+        first = np.concatenate([np.arange(start, end, every) for start, end in zip(bounds, bounds[1:])])
+        owner = np.searchsorted(bounds, first, side="right")
+        last = np.minimum(first + every, bounds[owner]) - 1
+        turn = Rotation.identity(len(first))
+        for k in range(every):
+            angles = action[np.minimum(first + k, last), 3:6] * (first + k <= last)[:, None]
+            turn = Rotation.from_euler("xyz", angles) * turn
+        moved = np.add.reduceat(action[:, :3], first)
+        rows = {key: x[first] for key, x in rows.items()}
+        rows[ACTION] = np.concatenate([moved, turn.as_euler("xyz"), action[last, 6:]], 1).astype(np.float32)
+        bounds = np.searchsorted(first, bounds)
+    if steps > 1:
+        part = Rotation.from_rotvec(Rotation.from_euler("xyz", action[:, 3:6]).as_rotvec() / steps)
+        parts = np.concatenate([action[:, :3] / steps, part.as_euler("xyz"), action[:, 6:]], 1)
+        rows = rows | {ACTION: np.repeat(parts, steps, axis=0).astype(np.float32)}
+    return rows, bounds
 
 
 def _read_json(path, lines=False):
@@ -480,7 +628,7 @@ def _read_table(path, columns, what):
 
 def _read_episodes(root, info, video_key) -> list[EpisodeOnDisk]:
     """The episodes in order; `video_key` is None for image columns."""
-    if info["codebase_version"] == "v2.1":
+    if info["codebase_version"] != "v3.0":
         rows = _read_json(root / "meta/episodes.jsonl", lines=True)
     else:
         columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
@@ -495,7 +643,7 @@ def _read_episodes(root, info, video_key) -> list[EpisodeOnDisk]:
 
     def place(row, kind):
         """What the templates of paths in info.json ask for."""
-        if info["codebase_version"] == "v2.1":  # a file an episode
+        if info["codebase_version"] != "v3.0":  # a file an episode
             index = row["episode_index"]
             return {"episode_chunk": index // info["chunks_size"], "episode_index": index}
         return {name: row[f"{kind}/{name}"] for name in ("chunk_index", "file_index")}
@@ -515,7 +663,7 @@ def _read_episodes(root, info, video_key) -> list[EpisodeOnDisk]:
 
 def _read_tasks(root, info):
     """{task_index: task}"""
-    if info["codebase_version"] == "v2.1":
+    if info["codebase_version"] != "v3.0":
         return {row["task_index"]: row["task"] for row in _read_json(root / "meta/tasks.jsonl", lines=True)}
     table = _read_table(root / "meta/tasks.parquet", None, "the list of tasks")
     text = next(name for name in table.column_names if name != "task_index")  # its name is up to pandas
@@ -552,6 +700,9 @@ def _read_rows(meta) -> dict[str, np.ndarray]:
                 f"{counts[episode.index]} rows, its length is {episode.length}"
             )
     rows = {key: np.concatenate([parts[episode.index][key] for episode in meta.episodes]) for key in parts[min(parts)]}
+    spacing = np.median(np.concatenate([np.diff(parts[episode.index]["time"]) for episode in meta.episodes] + [[]]))
+    if abs(spacing * meta.fps - 1) > 0.1:
+        raise UserError(f"{meta.root}: info.json says {meta.fps} Hz, but its timestamps are {spacing:.3f} s apart")
     unknown = np.flatnonzero(~np.isin(rows["task_index"], list(meta.tasks)))
     if unknown.size:
         task = rows["task_index"][unknown[0]]
@@ -561,7 +712,7 @@ def _read_rows(meta) -> dict[str, np.ndarray]:
 
 def _read_episode_rows(meta, path, episodes, parts) -> dict[int, int]:
     """Put the columns of those of `episodes` that are whole in a parquet file into `parts` -> the rows of each."""
-    columns = [STATE, ACTION, "episode_index", "frame_index", "timestamp", "task_index"]
+    columns = [meta.keys[STATE], meta.keys[ACTION], "episode_index", "frame_index", "timestamp", "task_index"]
     table = _read_table(path, columns, f"episode {episodes[0].index}")
     index, order, time, task = (table[key].to_numpy() for key in columns[2:])
     counts = {}
@@ -574,9 +725,10 @@ def _read_episode_rows(meta, path, episodes, parts) -> dict[int, int]:
         if meta.image_column:
             episode.image_file = path
         parts[episode.index] = {
-            STATE: _read_vectors(path, table, STATE, rows),
-            ACTION: _read_vectors(path, table, ACTION, rows),
+            STATE: _read_vectors(path, table, meta.keys[STATE], rows),
+            ACTION: _read_vectors(path, table, meta.keys[ACTION], rows),
             "task_index": task[rows],
+            "time": time[rows].astype(float),
             "place": rows if meta.image_column else episode.start + time[rows].astype(float),
         }
     return counts
@@ -613,12 +765,19 @@ class FramesOnDisk:
     episodes: list[EpisodeOnDisk]
     bounds: np.ndarray  # int [E+1], as in Demonstrations
     place: np.ndarray  # [N], where in its file each frame is: s from a video's beginning, or the row of a parquet file
-    image_shape: tuple[int, int, int]
+    file_shape: tuple[int, int, int]  # (H, W, 3) of the pictures in the files
+    image_shape: tuple[int, int, int]  # (H, W, 3) of what is returned
     image_column: str | None  # None: video
 
     def __getitem__(self, indices):
         indices, inverse = np.unique(indices, return_inverse=True)
         return self.decode(indices)[inverse]
+
+    def part(self, first, last):
+        """The frames of the episodes first .. last-1."""
+        start, end = self.bounds[[first, last]]
+        bounds = self.bounds[first : last + 1] - start
+        return replace(self, episodes=self.episodes[first:last], bounds=bounds, place=self.place[start:end])
 
     def decode_ends(self):
         """Find a file that is too short, or has pictures of another size or rate, now and not hours into the training
@@ -647,13 +806,21 @@ class FramesOnDisk:
             for i in wanted:
                 try:
                     picture = next(pictures)
-                    if picture.shape != self.image_shape:
-                        raise ValueError(f"it is {picture.shape}, info.json says {self.image_shape}")
+                    if picture.shape != self.file_shape:
+                        raise ValueError(f"it is {picture.shape}, info.json says {self.file_shape}")
                 except UNREADABLE as e:
                     where = f"frame {indices[i] - self.bounds[owner[i]]} of episode {self.episodes[owner[i]].index}"
                     raise UserError(f"{path}: {where} cannot be read ({e})") from None
-                out[i] = picture
+                out[i] = picture if self.file_shape == self.image_shape else square_picture(picture, len(out[i]))
         return out
+
+
+def square_picture(picture: np.ndarray, size: int) -> np.ndarray:
+    """The square middle of a picture uint8 [H,W,3], scaled to [size,size,3], as robot.Camera takes the arm's."""
+    side = min(picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    square = Image.fromarray(picture[top : top + side, left : left + side])
+    return np.asarray(square.resize((size, size), Image.BOX if side >= size else Image.BILINEAR))
 
 
 @lru_cache(maxsize=16)
@@ -727,6 +894,52 @@ def _decode_video(path, times):
         yield to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
+def collect_missing(args) -> None:
+    """Collect the default demonstrations of a task if some are missing that `args`, a script's, put no others in place
+    of (sim, real, real_val)."""
+    needed = []
+    if not args.sim:
+        needed.append(demos_path(args.task, "twin"))
+    if not args.real:
+        needed.append(demos_path(args.task, args.target))
+    if not args.real and not args.real_val:
+        needed.append(demos_path(args.task, args.target, held_out=True))
+    if not all(path.exists() for path in needed):
+        collect(CollectArgs(task=args.task, target=args.target))
+
+
+def open_sim(args) -> Demonstrations:
+    """The simulated demonstrations that a script's args (task, sim) name."""
+    import envs
+
+    return load_dataset(args.sim or demos_path(args.task, "twin"), fps=envs.CONTROL_HZ, image_size=envs.IMAGE_SIZE)
+
+
+def open_real(args, train: bool) -> tuple[Demonstrations | None, Demonstrations]:
+    """The real demonstrations that a stage trains on (None without `train`), and others, on which it only measures.
+
+    `args` are a script's: task, target, real, num_real, real_val, camera. Of a dataset of one's own without a real_val
+    the last tenth of the episodes is held out.
+    """
+    import envs
+
+    given = dict(fps=envs.CONTROL_HZ, image_size=envs.IMAGE_SIZE, camera=args.camera)
+    path = args.real or demos_path(args.task, args.target)
+    if args.real_val or not args.real:
+        held_out = load_dataset(args.real_val or demos_path(args.task, args.target, held_out=True), **given)
+        return load_dataset(path, num_episodes=args.num_real, **given) if train else None, held_out
+    whole = load_dataset(path, **given)
+    episodes = len(whole.bounds) - 1
+    kept = episodes - max(1, episodes // 10)
+    if not 1 <= (args.num_real or kept) <= kept:
+        raise UserError(
+            f"{path} has {episodes} episodes, of which the last {episodes - kept} are held out: use at most {kept}, or "
+            "name others with --real-val"
+        )
+    print(f"{path}: without --real-val, its last {episodes - kept} of {episodes} episodes are held out")
+    return whole.part(0, args.num_real or kept) if train else None, whole.part(kept, episodes)
+
+
 # ---- mixture ----------------------------------------------------------------------------------------------------
 
 
@@ -776,8 +989,8 @@ class Mixture(torch.utils.data.Dataset):
         return batch
 
     def _sample(self, dataset, t):
-        end = dataset.bounds[np.searchsorted(dataset.bounds, t, side="right")]  # of each frame's episode
-        chunk = t[:, None] + np.arange(self.horizon)
+        end = dataset.bounds[np.searchsorted(dataset.bounds, t, side="right")] * dataset.steps  # of each one's episode
+        chunk = t[:, None] * dataset.steps + np.arange(self.horizon)
         return {
             "image": dataset.frames[t],
             "state": dataset.state[t],

@@ -41,11 +41,14 @@ class Args:
     target: str = "standin"
     """The domain of envs.py that plays the robot: its demonstrations are the real ones, and it is evaluated in."""
     real: Path | None = None
-    """Real demonstrations of the anchor, a LeRobot dataset (default: demos/TASK-TARGET)."""
+    """Real demonstrations of the anchor, a LeRobot dataset: its folder or Hub name (default: demos/TASK-TARGET)."""
     num_real: int | None = None
     """Use only the first so many real demonstrations (default: all)."""
     real_val: Path | None = None
-    """Held-out real demonstrations, on which forgetting is measured (default: demos/TASK-TARGET-val)."""
+    """Held-out real demonstrations, on which forgetting is measured (default: demos/TASK-TARGET-val; of --real the last
+    tenth)."""
+    camera: str | None = None
+    """Key of the real datasets' camera, or the end of it, where they have several and it is not clear which."""
     beta: float = 0.2
     """Weight of the supervised loss on real demonstrations. Larger keeps the policy nearer to them; 0 is plain RL."""
     train: Literal["expert", "llm", "lora", "all"] = "all"
@@ -276,8 +279,7 @@ def main(args: Args):
     if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
         raise UserError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
 
-    val_path = args.real_val or data.demos_path(args.task, args.target, held_out=True)
-    held_out = data.load_dataset(val_path, fps=envs.CONTROL_HZ)
+    real, held_out = data.open_real(args, train=args.beta > 0)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
@@ -289,8 +291,6 @@ def main(args: Args):
     optimizer = AdamW(groups, betas=(0.9, 0.95), weight_decay=0)
     real_batches = None
     if args.beta:
-        real_path = args.real or data.demos_path(args.task, args.target)
-        real = data.load_dataset(real_path, num_episodes=args.num_real, fps=envs.CONTROL_HZ)
         real_batches = data.Mixture(real, args.anchor_batch_size // args.accumulate, policy.horizon, args.seed)
     held_out_batch = data.Mixture(held_out, 256, policy.horizon, seed=0)[0]
 

@@ -40,13 +40,16 @@ class Args:
     target: str = "standin"
     """The domain of envs.py that plays the robot: its demonstrations are the real ones, and it is evaluated in."""
     sim: Path | None = None
-    """Simulated demonstrations, a LeRobot dataset (default: demos/TASK-twin)."""
+    """Simulated demonstrations, a LeRobot dataset: its folder or Hub name (default: demos/TASK-twin)."""
     real: Path | None = None
-    """Real demonstrations, a LeRobot dataset (default: demos/TASK-TARGET)."""
+    """Real demonstrations, a LeRobot dataset: its folder or Hub name (default: demos/TASK-TARGET)."""
     num_real: int | None = None
     """Use only the first so many real demonstrations (default: all)."""
     real_val: Path | None = None
-    """Held-out real demonstrations, on which the imitation loss is measured (default: demos/TASK-TARGET-val)."""
+    """Held-out real demonstrations, on which the imitation loss is measured (default: demos/TASK-TARGET-val; of --real
+    the last tenth)."""
+    camera: str | None = None
+    """Key of the real datasets' camera, or the end of it, where they have several and it is not clear which."""
     alpha: float = 0.8
     """Share of simulated samples, exact over the batches together: 0 is real-only, 1 is sim-only."""
     train: Literal["expert", "llm", "lora", "all"] = "all"
@@ -92,16 +95,9 @@ def main(args: Args):
     too_small = [name for name in counts if getattr(args, name) < 1]
     if too_small:
         raise UserError(f"{', '.join(too_small)}: at least 1")
-    sim_path = args.sim or data.demos_path(args.task, "twin")
-    real_path = args.real or data.demos_path(args.task, args.target)
-    val_path = args.real_val or data.demos_path(args.task, args.target, held_out=True)
-    own_data = args.sim or args.real or args.real_val
-    if not own_data and not all(path.exists() for path in (sim_path, real_path, val_path)):
-        data.collect(data.CollectArgs(task=args.task, target=args.target))
-    hz = envs.CONTROL_HZ
-    real = data.load_dataset(real_path, num_episodes=args.num_real, fps=hz) if args.alpha < 1 else None
-    sim = data.load_dataset(sim_path, fps=hz) if args.alpha > 0 else None
-    held_out = data.load_dataset(val_path, fps=hz)
+    data.collect_missing(args)
+    real, held_out = data.open_real(args, train=args.alpha < 1)
+    sim = data.open_sim(args) if args.alpha > 0 else None
     trained_on = [dataset for dataset in (real, sim) if dataset is not None]
 
     torch.manual_seed(args.seed)

@@ -8,13 +8,16 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
+from scipy.spatial.transform import Rotation
 from torch.utils.data import DataLoader
 
 import data
@@ -171,6 +174,153 @@ def test_pictures_are_what_pil_decodes(folder, tmp_path, subsampling):
         files.append({"bytes": file.getvalue(), "path": None})
     rewrite(tmp_path / "demos" / DATA_FILE, **{IMAGE: pa.array(files)})
     np.testing.assert_array_equal(load_dataset(tmp_path / "demos").frames, np.stack(expected))
+
+
+# ---- keys, cameras, rates, names ------------------------------------------------------------------------------------
+def foreign(root, keys, extra=()):
+    """Rename columns of a dataset as others call them; `extra` features are in the metadata alone."""
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"] = {keys.get(key, key): feature for key, feature in info["features"].items()} | dict(extra)
+    (root / "meta/info.json").write_text(json.dumps(info))
+    table = pq.read_table(root / DATA_FILE, partitioning=None)
+    pq.write_table(table.rename_columns([keys.get(name, name) for name in table.column_names]), root / DATA_FILE)
+
+
+OPENPI = {IMAGE: "image", STATE: "state", ACTION: "actions"}
+WRIST = {"dtype": "image", "shape": [3, 32, 48], "names": None}
+DEPTH = {"dtype": "video", "shape": [32, 48, 3], "info": {"video.is_depth_map": True}}
+
+
+@pytest.mark.parametrize(
+    "keys, extra, camera, line",
+    [
+        (OPENPI, {}, None, ""),
+        (OPENPI, {"wrist_image": WRIST}, None, "camera image; wrist_image left out\n"),
+        ({IMAGE: "top"}, {"far": DEPTH, "depth": WRIST}, None, "camera top; far, depth left out\n"),
+        ({IMAGE: "a.top"}, {"a.wrist": WRIST}, "top", "camera a.top; a.wrist left out\n"),
+        ({}, {"wrist": WRIST}, None, f"camera {IMAGE}; wrist left out\n"),
+    ],
+)
+def test_columns_and_cameras_by_other_names(folder, tmp_path, capsys, keys, extra, camera, line):
+    root = tmp_path / "demos"
+    shutil.copytree(folder / "image", root)
+    foreign(root, keys, extra)
+    demos, whole = load_dataset(root, camera=camera), load_dataset(folder / "image")
+    assert capsys.readouterr().out == (f"{root}: {line}" if line else "")
+    for key in ("frames", "state", "action"):
+        np.testing.assert_array_equal(getattr(demos, key), getattr(whole, key))
+
+
+def test_a_camera_that_is_not_certain_is_asked_for(folder, tmp_path):
+    root = tmp_path / "demos"
+    shutil.copytree(folder / "image", root)
+    foreign(root, {IMAGE: "top"}, {"wrist": WRIST, "far": DEPTH})
+    with pytest.raises(UserError, match=r"--camera KEY; it has \['top', 'wrist'\]"):
+        load_dataset(root)
+    for camera in ("far", "left"):
+        with pytest.raises(UserError, match=rf"no camera {camera}; it has \['top', 'wrist'\]"):
+            load_dataset(root, camera=camera)
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 30, 0], ids=["memory", "disk"])
+def test_every_third_frame_and_the_motion_of_three_actions(tmp_path, capsys, max_bytes):
+    episodes = [make_episode(seed, length) for seed, length in enumerate((7, 1, 12))]
+    for episode in episodes:
+        episode["action"] *= 0.1
+    write_dataset(tmp_path / "demos", episodes, fps=30)
+    demos = load_dataset(tmp_path / "demos", max_bytes, fps=10)
+    assert "30 Hz: one frame in 3 is used, and 3 actions become one of 10 Hz" in capsys.readouterr().out
+    assert demos.bounds.tolist() == [0, 3, 4, 8] and demos.fps == 10 and demos.steps == 1
+    kept = [(e, k) for e, n in enumerate((7, 1, 12)) for k in range(0, n, 3)]
+    np.testing.assert_array_equal(demos.frames[np.arange(8)], np.stack([episodes[e]["image"][k] for e, k in kept]))
+    np.testing.assert_array_equal(demos.state, np.stack([episodes[e]["state"][k] for e, k in kept]))
+    for action, (e, k) in zip(demos.action, kept):
+        steps = episodes[e]["action"][k : k + 3].astype(np.float64)
+        np.testing.assert_allclose(action[:3], steps[:, :3].sum(0), atol=1e-6)
+        turn = np.eye(3)
+        for step in steps:  # each in the base frame, after the one before: what envs.move_target does
+            turn = Rotation.from_euler("xyz", step[3:6]).as_matrix() @ turn
+        np.testing.assert_allclose(Rotation.from_euler("xyz", action[3:6]).as_matrix(), turn, atol=1e-6)
+        assert action[6] == np.float32(steps[-1, 6])
+
+
+def test_two_steps_a_frame(tmp_path, capsys):
+    """Of a dataset of 5 Hz at 10 Hz: what both halves of an action do is what it did; frames are seen where they were
+    taken, and a chunk from there goes on in steps of 10 Hz to the end of the episode."""
+    write_dataset(tmp_path / "demos", EPISODES, fps=5)
+    demos = load_dataset(tmp_path / "demos", fps=10)
+    assert "5 Hz: each action becomes 2 equal parts at 10 Hz" in capsys.readouterr().out
+    assert len(demos) == 25 and demos.steps == 2 and demos.action.shape == (50, 7)
+    half = demos.action[::2]
+    np.testing.assert_array_equal(half, demos.action[1::2])
+    np.testing.assert_allclose(2 * half[:, :3], concatenated("action")[:, :3], rtol=1e-6)
+    np.testing.assert_array_equal(half[:, 6], concatenated("action")[:, 6])
+    turn = Rotation.from_euler("xyz", half[:, 3:6])
+    whole = Rotation.from_euler("xyz", concatenated("action")[:, 3:6])
+    assert (turn * turn * whole.inv()).magnitude().max() < 1e-5
+    chunks = Mixture(demos, 1, 5, 0)._sample(demos, np.array([0, 5]))  # of the first episode, 7 frames
+    np.testing.assert_array_equal(chunks["action"][0], demos.action[:5])
+    np.testing.assert_array_equal(chunks["action"][1], demos.action[[10, 11, 12, 13, 13]])
+    assert chunks["action_is_pad"].sum() == 1 and chunks["action_is_pad"][1, 4]
+    part = demos.part(2, 4)
+    np.testing.assert_array_equal(part.action, demos.action[16:])
+    assert part.bounds.tolist() == [0, 12, 17] and part.prompt[0] == EPISODES[2]["prompt"]
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 30, 0], ids=["memory", "disk"])
+def test_pictures_become_the_twins_size(folder, max_bytes, capsys):
+    demos, whole = load_dataset(folder / "image", max_bytes, image_size=16), load_dataset(folder / "image")
+    assert demos.image_shape == (16, 16, 3)
+    assert "the square middle of its 32 x 48 pixels is scaled to 16 x 16" in capsys.readouterr().out
+    middle = whole.frames[:, :, 8:40].reshape(25, 16, 2, 16, 2, 3).mean((2, 4))
+    assert np.abs(demos.frames[np.arange(25)] - middle).max() <= 0.5
+    np.testing.assert_array_equal(demos.part(2, 4).frames[np.arange(3)], demos.frames[np.arange(8, 11)])
+
+
+def test_a_dataset_by_its_hub_name(folder, tmp_path, monkeypatch):
+    """A folder first, then lerobot's, then the caches, then the Hub; also where it is deeper inside, as in RLinf's."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_LEROBOT_HOME", str(tmp_path / "lerobot"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match="nobody/demos is no folder here, not in .*lerobot or .*cache, and the Hub does not"
+    ):
+        load_dataset("nobody/demos")
+    with pytest.raises(UserError, match="push_cube-twin is no LeRobot dataset.*data.py collect"):
+        load_dataset("demos/push_cube-twin")
+    snapshots = tmp_path / "cache/datasets--nobody--demos/snapshots"
+    (snapshots / "1/meta").mkdir(parents=True)  # the metadata alone
+    shutil.copytree(folder / "image", snapshots / "0/inner/demos")
+    assert data.find_dataset("nobody/demos") == snapshots / "0/inner/demos"
+    shutil.copytree(folder / "image", tmp_path / "lerobot/nobody/demos")
+    assert data.find_dataset("nobody/demos") == tmp_path / "lerobot/nobody/demos"
+    shutil.copytree(folder / "image", tmp_path / "nobody/demos/a")
+    assert data.find_dataset("nobody/demos") == Path("nobody/demos/a")
+    shutil.copytree(folder / "image", tmp_path / "nobody/demos/b")
+    with pytest.raises(UserError, match="has 2 datasets in it: name one, such as nobody/demos/a"):
+        load_dataset("nobody/demos")
+
+
+def test_the_last_tenth_is_held_out(folder, monkeypatch, capsys):
+    """Of a dataset of one's own without another for validation; never what is trained on."""
+    args = SimpleNamespace(
+        task="push_cube", target="standin", real=folder / "image", real_val=None, num_real=None, camera=None
+    )
+    whole = load_dataset(folder / "image", fps=10, image_size=64)
+    real, held_out = data.open_real(args, train=True)
+    assert "its last 1 of 4 episodes are held out" in capsys.readouterr().out
+    for part, rows in ((real, slice(0, 20)), (held_out, slice(20, 25))):
+        np.testing.assert_array_equal(part.state, whole.state[rows])
+        np.testing.assert_array_equal(part.frames, whole.frames[rows])
+    args.num_real = 2
+    assert data.open_real(args, train=True)[0].bounds.tolist() == [0, 7, 8]
+    args.num_real = 4
+    with pytest.raises(UserError, match="last 1 are held out: use at most 3, or name others with --real-val"):
+        data.open_real(args, train=True)
+    args.real_val = folder / "video"
+    real, held_out = data.open_real(args, train=False)
+    assert real is None and len(held_out) == 25
 
 
 # ---- statistics ---------------------------------------------------------------------------------------------------
@@ -382,7 +532,11 @@ BROKEN = {
     "corrupt info": (lambda r: truncate(r / "meta/info.json"), r"info\.json: corrupt"),
     "incomplete info": (lambda r: edit_info(r, lambda i: i.pop("fps")), "meta: .*'fps'"),
     "unknown version": (lambda r: edit_info(r, lambda i: i.update(codebase_version="v1.6")), "codebase_version v1.6"),
-    "other rate": (lambda r: edit_info(r, lambda i: i.update(fps=30)), "is recorded at 30 Hz, not at 10 Hz"),
+    "another rate": (lambda r: edit_info(r, lambda i: i.update(fps=15)), "at 15 Hz: neither 10 Hz.* nor a multiple"),
+    "wrong rate": (
+        lambda r: edit_info(r, lambda i: i.update(fps=30)),
+        "says 30 Hz, but its timestamps are 0.100 s apart",
+    ),
     "no action": (lambda r: edit_info(r, lambda i: i["features"].pop(ACTION)), "action has shape None"),
     "two cameras": (
         lambda r: edit_info(r, lambda i: i["features"].update(a=i["features"][IMAGE], b=i["features"].pop(IMAGE))),
