@@ -407,7 +407,8 @@ def load_dataset(
     image_size: pixels; pictures of another size are cropped to their square middle and scaled. None: as they are.
 
     What is changed or left out is printed, in a line. UserError with one line that names the file and the episode: no
-    dataset, unknown version, a rate that does not fit, corrupt or missing files, wrong shapes or lengths, NaN.
+    dataset, unknown version, a rate that does not fit, joint angles or absolute poses (see `_to_own_units`), corrupt or
+    missing files, wrong shapes or lengths, NaN.
     """
     meta = _read_meta(find_dataset(path), camera)
     if num_episodes is not None and not 1 <= num_episodes <= len(meta.episodes):
@@ -416,6 +417,7 @@ def load_dataset(
     every, steps = _rates(meta, fps or meta.fps)
     rows = _read_rows(meta)
     bounds = np.cumsum([0] + [episode.length for episode in meta.episodes])
+    _to_own_units(meta, rows, bounds)
     rows, bounds = _resample(rows, bounds, every, steps)
     prompt = np.array([meta.tasks[i] for i in rows["task_index"].tolist()], object)
     for episode in meta.episodes:
@@ -497,6 +499,7 @@ class Metadata:
     root: Path
     fps: float  # Hz
     keys: dict[str, str]  # the columns of STATE and ACTION
+    names: dict[str, list[str]]  # of their dimensions, as far as they are known
     image_column: str | None  # None: video
     image_shape: tuple[int, int, int]  # (H, W, 3)
     episodes: list[EpisodeOnDisk]
@@ -514,11 +517,13 @@ def _read_meta(root, camera) -> Metadata:
         if info["codebase_version"] not in ("v2.0", "v2.1", "v3.0"):
             raise UserError(f"{root}: codebase_version {info['codebase_version']} is not v2.0, v2.1 or v3.0")
         keys = {}
-        for key, names in KEYS.items():
-            keys[key] = next((name for name in names if name in features), key)
+        names = {}
+        for key, choices in KEYS.items():
+            keys[key] = next((name for name in choices if name in features), key)
             shape = tuple(features[keys[key]]["shape"]) if keys[key] in features else None
             if shape != (len(DIMS),):
                 raise UserError(f"{root}: {keys[key]} has shape {shape}, ({len(DIMS)},) needed: {' '.join(DIMS)}")
+            names[key] = list(_flatten(features[keys[key]].get("names")))
 
         notes = []
         camera = _choose_camera(root, features, camera, notes)
@@ -531,7 +536,8 @@ def _read_meta(root, camera) -> Metadata:
         episodes = _read_episodes(root, info, camera if is_video else None)
         image_column = None if is_video else camera
         shape = (height, width, 3)
-        return Metadata(root, info["fps"], keys, image_column, shape, episodes, _read_tasks(root, info), notes)
+        tasks = _read_tasks(root, info)
+        return Metadata(root, info["fps"], keys, names, image_column, shape, episodes, tasks, notes)
     except (
         LookupError,
         TypeError,
@@ -540,6 +546,17 @@ def _read_meta(root, camera) -> Metadata:
         StopIteration,
     ) as error:  # JSON lacks or has other things
         raise UserError(f"{root}/meta: corrupt or incomplete ({error!r})") from None
+
+
+def _flatten(names) -> Iterator[str]:
+    """The names of a feature's dimensions, which info.json has as a list, or as lists by name."""
+    if isinstance(names, dict):
+        names = [*names, *names.values()]
+    if isinstance(names, list):
+        for name in names:
+            yield from _flatten(name)
+    elif names is not None:
+        yield str(names)
 
 
 def _choose_camera(root, features, wanted, notes) -> str:
@@ -752,6 +769,119 @@ def _read_vectors(path, table, key, rows):
         place = f"episode {table['episode_index'][rows[wrong[0]]]}, row {rows[wrong[0]]}"
         raise UserError(f"{path}: {key} has a NaN or an infinity in {place}")
     return x
+
+
+# ---- other people's units ---------------------------------------------------------------------------------------
+
+NAMES = {  # what the names of dimensions can say that makes them others than DIMS
+    "joint angles": r"joint|(^|[^a-z])j_?\d|shoulder|elbow|wrist_\d|waist",
+    "quaternions": r"quat|(^|[^a-z])q[wxyz]$",
+    "axes of rotation": r"axis_?angle|rot_?vec",
+    "velocities": r"vel|(^|[^a-z])v[xyz]$",
+}
+DOWN = Rotation.from_euler("x", np.pi)  # where a tool points whose roll, pitch and yaw are 0 here, in the base frame
+FEW = 12  # frames, with fewer of which ranges say nothing
+
+
+def _to_own_units(meta, rows, bounds) -> None:
+    """Bring state and action to README's units in place where it is certain how, and say so; UserError where it is
+    certain that they are something else. Names and ranges tell; what neither tells is left as it is."""
+    state = rows[STATE]
+    action = rows[ACTION]
+    for key, names in meta.names.items():
+        for what, pattern in NAMES.items():
+            found = [name for name in names if re.search(pattern, name, re.IGNORECASE)]
+            if found:
+                _refuse(meta, key, f"is named {' '.join(found)}: {what}")
+    if len(action) < FEW:
+        return
+
+    for key, x in ((STATE, state), (ACTION, action)):
+        length = np.linalg.norm(x[:, 3:], axis=1)
+        if np.allclose(length, 1, atol=1e-3) and np.linalg.norm(x[:, 3:6], axis=1).max() > 0.3:
+            _refuse(meta, key, "has a length of 1 in its last four numbers: quaternions")
+        for name, size, limit in zip(DIMS, np.quantile(np.abs(x), 0.99, axis=0), [5] * 3 + [2 * np.pi] * 3 + [5]):
+            if size > limit:  # far beyond what an arm does, as units are other ones by factors
+                _refuse(meta, key, f"has a {name} of {size:.4g}: not in m, rad, or -1 .. 1")
+    for i, (low, high) in enumerate(np.quantile(action[:, :6], [0.01, 0.99], axis=0).T):
+        if max(low, -high) > (0.1 if i < 3 else 0.3):
+            _refuse(meta, ACTION, f"has a {DIMS[i]} between {low:.3g} and {high:.3g}: absolute poses or joint angles")
+    following = action[:-1, :3] - state[1:, :3]
+    if np.sqrt(np.square(following).mean()) < 0.3 * state[:, :3].std(0).max():
+        _refuse(meta, ACTION, "is where the state comes to be: absolute poses or joint angles")
+    _own_gripper(meta, state, action)
+
+    if (np.abs(state[:, 3]) > 2).all():
+        meta.notes.append("roll pitch yaw of the state are counted from pointing down instead of from the base's axes")
+        state[:, 3:6] = (Rotation.from_euler("xyz", state[:, 3:6]) * DOWN.inv()).as_euler("xyz")
+    span = 4  # steps, so that an arm that follows late has moved
+    start = np.flatnonzero(np.repeat(bounds[1:], np.diff(bounds)) - np.arange(len(state)) > span)
+    commanded = np.cumsum(np.concatenate([np.zeros((1, 3)), action[:, :3]]), axis=0)
+    commanded = commanded[start + span] - commanded[start]
+    moved = state[start + span, :3].astype(float) - state[start, :3]
+    product = (commanded * moved).sum()
+    alike = product / max(1e-9, np.sqrt(np.square(commanded).sum() * np.square(moved).sum()))
+    times = product / max(1e-9, np.square(moved).sum())
+    if len(start) > 4 * FEW and abs(alike) > 0.8 and not 1 / 3 < times < 3:
+        _refuse(
+            meta, ACTION, f"adds up to {times:.3g} times the way of the state: not in m a step, or in another frame"
+        )
+
+    tool = Rotation.from_euler("xyz", state[:, 3:6]) * DOWN
+    before = tool[start]
+    after = tool[start + span]
+    in_base = in_tool = Rotation.identity(len(start))
+    for k in range(span):
+        turn = Rotation.from_euler("xyz", action[start + k, 3:6])
+        in_base = turn * in_base
+        in_tool = in_tool * turn
+    turning = in_base.magnitude() > 0.02  # rad
+    error_base = (in_base * before * after.inv()).magnitude()[turning]
+    error_tool = (before * in_tool * after.inv()).magnitude()[turning]
+    if turning.sum() > FEW and error_tool.mean() < 0.5 * error_base.mean():
+        meta.notes.append("rotations of the action are brought from the tool's frame to the base's")
+        turn = tool.apply(Rotation.from_euler("xyz", action[:, 3:6]).as_rotvec())
+        action[:, 3:6] = Rotation.from_rotvec(turn).as_euler("xyz")
+
+
+def _refuse(meta, key, why):
+    needed = "x y z (m) roll pitch yaw (rad)" if key == STATE else "changes of x y z (m) roll pitch yaw (rad) a step"
+    raise UserError(f"{meta.root}: {meta.keys[key]} {why}; {needed} and a gripper of -1 (closed) .. 1 are needed")
+
+
+def _own_gripper(meta, state, action) -> None:
+    """Bring the gripper of both from metres or 0 .. 1 to -1 (closed) .. 1, in place, or refuse it."""
+    columns = {ACTION: action[:, 6], STATE: state[:, 6]}
+    in_metres = {}
+    from_zero = {}
+    for key, x in columns.items():
+        in_metres[key] = np.ptp(x) > 0.01 and x.min() > -0.002 and 0.03 < x.max() < 0.11
+        from_zero[key] = -0.05 < x.min() < 0.2 and 0.8 < x.max() < 1.05
+    if not in_metres[ACTION] and np.ptp(columns[ACTION]) > 0.005 and np.abs(columns[ACTION]).max() < 0.2:
+        _refuse(
+            meta, ACTION, f"has a gripper of at most {np.abs(columns[ACTION]).max():.3g}: joint angles or velocities"
+        )
+    for key, x in columns.items():
+        if in_metres[key]:
+            full = 0.04 if x.max() < 0.0405 else max(0.08, x.max())  # of one finger, or between both
+            meta.notes.append(f"{meta.keys[key]}: gripper from 0 .. {full:.2g} m to -1 .. 1")
+            x[:] = np.clip(x / full * 2 - 1, -1, 1)
+        # The state alone may run from 0 to 1 in our units, too: of a hand that only closes around things.
+        elif from_zero[key] and (from_zero[ACTION] or in_metres[ACTION]):
+            meta.notes.append(f"{meta.keys[key]}: gripper from 0 (taken for closed) .. 1 (open) to -1 .. 1")
+            x[:] = x * 2 - 1
+
+    told = columns[ACTION]
+    shown = columns[STATE]
+    if len(told) < 4 * FEW or np.ptp(told) < 0.5 or np.ptp(shown) < 0.3:
+        return
+    with np.errstate(invalid="ignore", divide="ignore"):  # the hand moves some steps after it was told to
+        alike = [np.corrcoef(told[: len(told) - lag], shown[lag:])[0, 1] for lag in range(6)]
+    if max(np.nan_to_num(alike), key=abs) < -0.7:
+        if not in_metres[STATE]:  # which of the two is right is not certain
+            _refuse(meta, ACTION, "has a gripper that closes where the state's opens")
+        told *= -1
+        meta.notes.append(f"{meta.keys[ACTION]}: gripper turned round, which closed at its higher end")
 
 
 # what the libraries raise for broken files, and for columns or streams that are not there

@@ -277,6 +277,208 @@ def test_pictures_become_the_twins_size(folder, max_bytes, capsys):
     np.testing.assert_array_equal(demos.part(2, 4).frames[np.arange(3)], demos.frames[np.arange(8, 11)])
 
 
+# ---- other people's units -----------------------------------------------------------------------------------------
+DOWN = Rotation.from_euler("x", np.pi)
+
+
+def motions():
+    """Six episodes of 40 frames in README's units: state [240,7] and action [240,7] of an arm that turns and grasps,
+    and follows its commands a step late."""
+    rng = np.random.default_rng(0)
+    states, actions = [], []
+    for _ in range(6):
+        action = np.zeros((40, 7))
+        action[:, :3] = rng.normal(0, 0.015, (4, 3)).repeat(10, 0) + rng.normal(0, 0.001, (40, 3))
+        action[5:20, 3:6] = rng.normal(0, 0.03, 3)
+        action[:, 6] = np.where(np.arange(40) % 30 < 15, 1, -1)
+        late = np.concatenate([np.zeros((1, 7)), action[:-1]])
+        late[0, 6] = 1
+        turn = Rotation.identity()
+        state = np.empty((40, 7))
+        for t in range(40):
+            turn = Rotation.from_euler("xyz", late[t, 3:6]) * turn
+            state[t, 3:6] = turn.as_euler("xyz")
+        state[:, :3] = np.array([0.5, 0, 0.2]) + late[:, :3].cumsum(0)
+        state[:, 6] = late[:, 6]
+        states.append(state)
+        actions.append(action)
+    return np.concatenate(states), np.concatenate(actions)
+
+
+def load_as(tmp_path, state, action, names=None):
+    episodes = [
+        dict(image=np.zeros((40, 8, 8, 3), np.uint8), state=s, action=a, prompt="push")
+        for s, a in zip(np.split(state, 6), np.split(action, 6))
+    ]
+    write_dataset(tmp_path / "demos", episodes, fps=10)
+    edit_info(tmp_path / "demos", lambda info: [info["features"][k].update(names=names) for k in (STATE, ACTION)])
+    return load_dataset(tmp_path / "demos")
+
+
+def as_rlinf(state, action):
+    """RL-Co's data: roll pitch yaw of the tool from the base's axes, width in metres, turns in the tool's frame."""
+    tool = Rotation.from_euler("xyz", state[:, 3:6]) * DOWN
+    state[:, 3:6] = tool.as_euler("xyz")
+    state[:, 6] = (state[:, 6] + 1) * 0.04
+    turn = Rotation.from_euler("xyz", action[:, 3:6]).as_rotvec()
+    action[:, 3:6] = Rotation.from_rotvec(tool.inv().apply(turn)).as_euler("xyz")
+
+
+def as_bridge(state, action):
+    for x in (state, action):
+        x[:, 6] = (x[:, 6] + 1) / 2
+
+
+def as_fingers_and_reversed(state, action):
+    state[:, 6] = (state[:, 6] + 1) * 0.02
+    action[:, 6] *= -1
+
+
+def as_grasping_hand(state, action):
+    """Ours, of a hand that never closes more than half."""
+    state[:, 6] = np.maximum(state[:, 6], 0)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda state, action: None, ""),
+        (as_grasping_hand, ""),
+        (
+            as_bridge,
+            "action: gripper from 0 (taken for closed) .. 1 (open) to -1 .. 1; observation.state: gripper from 0",
+        ),
+        (
+            as_fingers_and_reversed,
+            "observation.state: gripper from 0 .. 0.04 m to -1 .. 1; action: gripper turned round",
+        ),
+        (
+            as_rlinf,
+            "observation.state: gripper from 0 .. 0.08 m to -1 .. 1; roll pitch yaw of the state are counted from "
+            "pointing down instead of from the base's axes; rotations of the action are brought from the tool's frame",
+        ),
+    ],
+)
+def test_motions_in_others_units_are_the_same_motions(tmp_path, capsys, change, said):
+    state, action = motions()
+    their_state, their_action = state.copy(), action.copy()
+    change(their_state, their_action)
+    if change is as_grasping_hand:
+        state = their_state
+    names = {"motors": ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]}
+    demos = load_as(tmp_path, their_state, their_action, names)
+    line = capsys.readouterr().out
+    assert said in line and line.count("\n") == bool(said)
+    np.testing.assert_allclose(demos.state, state, atol=1e-5)
+    np.testing.assert_allclose(demos.action, action, atol=1e-5)
+
+
+def absolute(state, action):
+    action[:, :6] = state[:, :6]
+    return "absolute poses"
+
+
+def absolute_from_the_start(state, action):
+    state[:, :3] -= state[0, :3]
+    action[:-1, :3] = state[1:, :3]
+    return "is where the state comes to be"
+
+
+def joints(state, action):
+    angles = np.array([0, -0.78, 0, -2.35, 0, 1.57, 0.78])
+    action[:] = angles + np.random.default_rng(0).normal(0, 0.2, state.shape).cumsum(0) / 20
+    state[:] = action
+    return "joint angles"
+
+
+def joint_changes(state, action):
+    action[:] = np.random.default_rng(0).normal(0, 0.03, state.shape)
+    return "gripper of at most .*joint angles"
+
+
+def quaternions(state, action):
+    state[:, 3:] = (Rotation.from_euler("xyz", state[:, 3:6]) * DOWN).as_quat()
+    return "observation.state has a length of 1 in its last four numbers: quaternions"
+
+
+def normalised(state, action):
+    action[:, :3] /= 0.05
+    return r"action adds up to (1[89]|2[01]).* times the way of the state"
+
+
+def millimetres(state, action):
+    action[:, :3] *= 1000
+    return "action has a x of .*: not in m"
+
+
+def degrees(state, action):
+    state[:, 3:6] = np.rad2deg((Rotation.from_euler("xyz", state[:, 3:6]) * DOWN).as_euler("xyz"))
+    return "observation.state has a roll of .*: not in m, rad"
+
+
+def percent(state, action):
+    action[:, 6] = (action[:, 6] + 1) * 50
+    return "action has a gripper of 100: not in"
+
+
+def another_frame(state, action):
+    action[:, :3] *= -1
+    return "or in another frame"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        absolute,
+        absolute_from_the_start,
+        joints,
+        joint_changes,
+        quaternions,
+        normalised,
+        millimetres,
+        degrees,
+        percent,
+        another_frame,
+    ],
+)
+def test_what_is_no_change_of_pose_is_refused(tmp_path, change):
+    state, action = motions()
+    with pytest.raises(UserError, match=f"demos: .*{change(state, action)}.*-1 \\(closed\\) .. 1 are needed$") as error:
+        load_as(tmp_path, state, action)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names, what",
+    [
+        ([f"j{i}" for i in range(1, 8)], "joint angles"),
+        ({"motors": [f"panda_joint{i}" for i in range(1, 8)]}, "joint angles"),
+        (["main_shoulder_pan", *"abcde", "main_gripper"], "joint angles"),
+        (["x", "y", "z", "qx", "qy", "qz", "qw"], "quaternions"),
+        ([["vx", "vy", "vz", "wx", "wy", "wz", "gripper"]], "velocities"),
+        (["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper"], "axes of rotation"),
+    ],
+)
+def test_names_tell_what_the_numbers_are(tmp_path, names, what):
+    with pytest.raises(UserError, match=f"observation.state is named .*: {what}; x y z .* are needed"):
+        load_as(tmp_path, *motions(), names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        None,
+        ["state"],
+        list("abcdefg"),
+        [f"motor_{i}" for i in range(7)],
+        ["delta_x", "dy", "dz", "rx", "ry", "rz", "grip"],
+    ],
+)
+def test_other_names_tell_nothing(tmp_path, names, capsys):
+    demos = load_as(tmp_path, *motions(), names)
+    assert len(demos) == 240 and not capsys.readouterr().out
+
+
 def test_a_dataset_by_its_hub_name(folder, tmp_path, monkeypatch):
     """A folder first, then lerobot's, then the caches, then the Hub; also where it is deeper inside, as in RLinf's."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
