@@ -48,7 +48,8 @@ def one_line_errors(debug: bool = False) -> None:
         if debug or not users:
             sys.__excepthook__(kind, error, traceback)
         if users:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            line = str(error).splitlines()[-1].removeprefix("checkpoints.UserError: ")  # after a DataLoader's traceback
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
     def stop(number, frame):
         raise KeyboardInterrupt  # so that what is being written is cleaned up, and workers end

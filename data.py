@@ -81,6 +81,9 @@ def _image_stats(histogram, count):
     return {name: x.reshape(3, 1, 1) for name, x in stats.items()} | {"count": np.array([count])}
 
 
+STILL = 1e-6  # m, rad: what moves by less is rounding
+
+
 def statistics(
     real: "Demonstrations | None", sim: "Demonstrations | None" = None, alpha: float | None = None
 ) -> dict[str, dict[str, list[float]]]:
@@ -93,7 +96,8 @@ def statistics(
     The quantiles are exact, and span the range of both datasets whatever their shares: q01 is the lower q01, q99 the
     higher q99. Of all frames together they would be the larger dataset's, and a rotation that only the robot makes, in
     1 % of them, would be normalised to 0; alpha's own mixture loses it, too, where alpha is near 1. A dimension that
-    moves more rarely than quantiles see is spanned from its minimum to its maximum.
+    moves more rarely than quantiles see is spanned from its minimum to its maximum. What changes by less than a millionth
+    does not move: q01 = q99.
     """
     by_frames = alpha is None
     shares = [(real, by_frames or 1 - alpha), (sim, by_frames or alpha)]
@@ -116,7 +120,10 @@ def statistics(
         least = stats["min"].min(0)
         most = stats["max"].max(0)
         total = dict(mean=mean, std=variance**0.5, min=least, max=most)
-        total |= dict(q01=np.where(low < high, low, least), q99=np.where(low < high, high, most))
+        rare = high - low < STILL
+        low = np.where(rare, least, low)
+        high = np.where(rare, most, high)
+        total |= dict(q01=low, q99=np.where(high - low < STILL, low, high))
         result[key] = {name: x.tolist() for name, x in total.items()}
     return result
 
@@ -125,7 +132,7 @@ def still_dims(*datasets: "Demonstrations") -> str:
     """A line that says which dimensions of the action never move, and in which dataset; empty if all do."""
     still = []
     for dataset in datasets:
-        names = [name for name, moves in zip(DIMS, np.ptp(dataset.action, axis=0) > 0) if not moves]
+        names = [name for name, moves in zip(DIMS, np.ptp(dataset.action, axis=0) > STILL) if not moves]
         if names:
             still.append(f"{' '.join(names)} in {dataset.path}")
     return f"never moved: {'; '.join(still)}" if still else ""
@@ -655,8 +662,10 @@ def _read_episodes(root, info, video_key) -> list[EpisodeOnDisk]:
         rows = [row for file in files for row in _read_table(file, columns, "the list of episodes").to_pylist()]
     if not rows:
         raise UserError(f"{root}: an empty dataset, meta lists no episode")
-    if len(rows) != info["total_episodes"]:
+    if len(rows) < info["total_episodes"]:  # more of them are of a recording that was stopped before it counted them
         raise UserError(f"{root}: {len(rows)} episodes are listed in meta, info.json says {info['total_episodes']}")
+    if len({row["episode_index"] for row in rows}) < len(rows):
+        raise UserError(f"{root}: meta lists an episode twice; take its second row out of meta/episodes")
 
     def place(row, kind):
         """What the templates of paths in info.json ask for."""
