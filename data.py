@@ -96,7 +96,7 @@ def statistics(
     The quantiles are exact, and span the range of both datasets whatever their shares: q01 is the lower q01, q99 the
     higher q99. Of all frames together they would be the larger dataset's, and a rotation that only the robot makes, in
     1 % of them, would be normalised to 0; alpha's own mixture loses it, too, where alpha is near 1. A dimension that
-    moves more rarely than quantiles see is spanned from its minimum to its maximum. What changes by less than a millionth
+    moves more rarely than quantiles see is spanned from its minimum to its maximum. What changes by less than STILL
     does not move: q01 = q99.
     """
     by_frames = alpha is None
