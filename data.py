@@ -803,6 +803,7 @@ def _to_own_units(meta, rows, bounds) -> None:
             if found:
                 _refuse(meta, key, f"is named {' '.join(found)}: {what}")
     if len(action) < FEW:
+        _own_gripper(meta, state, action)
         return
 
     for key, x in ((STATE, state), (ACTION, action)):
@@ -812,6 +813,9 @@ def _to_own_units(meta, rows, bounds) -> None:
         for name, size, limit in zip(DIMS, np.quantile(np.abs(x), 0.99, axis=0), [5] * 3 + [2 * np.pi] * 3 + [5]):
             if size > limit:  # far beyond what an arm does, as units are other ones by factors
                 _refuse(meta, key, f"has a {name} of {size:.4g}: not in m, rad, or -1 .. 1")
+    for name, low, high in zip(DIMS, *np.quantile(state[:, :3], [0.01, 0.99], axis=0)):
+        if max(low, -high) > 1.5:
+            _refuse(meta, STATE, f"has a {name} between {low:.3g} and {high:.3g}: out of an arm's reach from its base")
     for i, (low, high) in enumerate(np.quantile(action[:, :6], [0.01, 0.99], axis=0).T):
         if max(low, -high) > (0.1 if i < 3 else 0.3):
             _refuse(meta, ACTION, f"has a {DIMS[i]} between {low:.3g} and {high:.3g}: absolute poses or joint angles")
@@ -866,7 +870,14 @@ def _own_gripper(meta, state, action) -> None:
     for key, x in columns.items():
         in_metres[key] = np.ptp(x) > 0.01 and x.min() > -0.002 and 0.03 < x.max() < 0.11
         from_zero[key] = -0.05 < x.min() < 0.2 and 0.8 < x.max() < 1.05
-    if not in_metres[ACTION] and np.ptp(columns[ACTION]) > 0.005 and np.abs(columns[ACTION]).max() < 0.2:
+        if len(x) < FEW:  # only what is certain
+            from_zero[key] = set(x.tolist()) == {0, 1}
+    if (
+        len(action) >= FEW
+        and not in_metres[ACTION]
+        and np.ptp(columns[ACTION]) > 0.005
+        and np.abs(columns[ACTION]).max() < 0.2
+    ):
         _refuse(
             meta, ACTION, f"has a gripper of at most {np.abs(columns[ACTION]).max():.3g}: joint angles or velocities"
         )
@@ -1037,7 +1048,7 @@ def collect_missing(args) -> None:
     """Collect the default demonstrations of a task if some are missing that `args`, a script's, put no others in place
     of (sim, real, real_val)."""
     needed = []
-    if not args.sim:
+    if args.alpha > 0 and not args.sim:
         needed.append(demos_path(args.task, "twin"))
     if not args.real:
         needed.append(demos_path(args.task, args.target))

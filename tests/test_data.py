@@ -375,6 +375,14 @@ def test_motions_in_others_units_are_the_same_motions(tmp_path, capsys, change, 
     np.testing.assert_allclose(demos.action, action, atol=1e-5)
 
 
+def test_a_gripper_of_zeros_and_ones_is_certain_in_few_frames(tmp_path):
+    episode = make_episode(0, 5) | {"action": np.zeros((5, 7)), "state": np.zeros((5, 7))}
+    episode["action"][:, 6] = 1, 1, 0, 0, 1
+    write_dataset(tmp_path / "demos", [episode], fps=10)
+    demos = load_dataset(tmp_path / "demos")
+    assert demos.action[:, 6].tolist() == [1, 1, -1, -1, 1] and not demos.state.any()
+
+
 def absolute(state, action):
     action[:, :6] = state[:, :6]
     return "absolute poses"
@@ -423,6 +431,11 @@ def percent(state, action):
     return "action has a gripper of 100: not in"
 
 
+def out_of_reach(state, action):
+    state[:, 0] += 3
+    return "observation.state has a x between .*: out of an arm's reach"
+
+
 def another_frame(state, action):
     action[:, :3] *= -1
     return "or in another frame"
@@ -440,6 +453,7 @@ def another_frame(state, action):
         millimetres,
         degrees,
         percent,
+        out_of_reach,
         another_frame,
     ],
 )
