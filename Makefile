@@ -45,9 +45,9 @@ results: setup
 # A real picture: a device that is listed may still fail to render. SAPIEN's cheapest shader keeps it at half a second.
 # OpenCV comes with SAPIEN, is imported by ManiSkill, and needs libraries that a bare system lacks.
 define RENDER
-import cv2, sapien
+import sys, cv2, sapien
 sapien.render.set_camera_shader_dir("trivial")
-scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device("cpu"))])
+scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device(sys.argv[1]))])
 camera = scene.add_camera("", 8, 8, 1, 0.01, 1)
 scene.update_render()
 camera.take_picture()
@@ -57,7 +57,7 @@ export RENDER
 
 # SAPIEN needs VK_KHR_external_semaphore_fd, which Mesa's software Vulkan device, lavapipe, has from 24.3 on.
 setup: .venv/installed
-	@renders() { $(PY) -c "$$RENDER"; }
+	@renders() { $(PY) -c "$$RENDER" $${1:-cpu}; }
 	root() { if [ "$$(id -u)" = 0 ]; then "$$@"; else sudo -n "$$@"; fi; }
 	apt() { root env DEBIAN_FRONTEND=noninteractive apt-get -y -o DPkg::Lock::Timeout=120 "$$@"; }
 	mesa="mesa-vulkan-drivers" backports="bookworm-backports"
@@ -82,3 +82,7 @@ setup: .venv/installed
 	fi
 	why=$$(renders 2>&1) || { echo "SAPIEN cannot render ($$(tail -n 1 <<<"$$why")). Install libgl1, libglib2.0-0 and" \
 	  "Mesa's lavapipe >= 24.3 ($$mesa; on Debian 12 from $$backports), then make again." >&2; exit 1; }
+	if type nvidia-smi &>/dev/null; then
+	  where=$$(renders cuda 2>&1) && echo "--render auto is the GPU" || echo "--render auto is the CPU: the GPU renders no" \
+	    "picture ($$(tail -n 1 <<<"$$where")). Containers need NVIDIA_DRIVER_CAPABILITIES with graphics."
+	fi

@@ -159,7 +159,7 @@ def run_settings(args) -> dict:
 
 def save_run(folder: Path, settings: dict, **state) -> None:
     """Write folder/trainer.pt: `settings`, `state` (what torch saves) and the state of torch's random numbers."""
-    rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()[:1]]
+    rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     write_file(folder / "trainer.pt", dict(args=settings, **state, rng=rng))
 
 
@@ -183,7 +183,7 @@ def restore_rng(state: dict) -> None:
     """Go on with the random numbers of a saved run."""
     cpu, *cuda = state["rng"]
     torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(cuda)
+    torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])  # it may go on with fewer GPUs
 
 
 # ---- reading a checkpoint folder --------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from fractions import Fraction
 from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
@@ -1055,7 +1056,7 @@ def collect_missing(args) -> None:
     if not args.real and not args.real_val:
         needed.append(demos_path(args.task, args.target, held_out=True))
     if not all(path.exists() for path in needed):
-        collect(CollectArgs(task=args.task, target=args.target))
+        collect(CollectArgs(task=args.task, target=args.target, render=args.render))
 
 
 def open_sim(args) -> Demonstrations:
@@ -1172,15 +1173,15 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _demonstrate_block(task, domain, seeds):
+def _demonstrate_block(task, domain, seeds, settings):
     import envs
 
     # PhysX keeps traces of earlier episodes over a reset (1e-5 m after a contact). A new scene for every block makes
     # episodes depend on their seeds, and not on which worker was faster; for every episode it would be slow.
-    return [envs.demonstrate(task, domain, seed, fresh=seed == seeds[0]) for seed in seeds]
+    return [envs.demonstrate(task, domain, seed, fresh=seed == seeds[0], **settings) for seed in seeds]
 
 
-def _demonstrate(task, domain, num, first_seed, pool) -> Iterator[dict]:
+def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict]:
     """Yield `num` successful demonstrations in the order of their seeds, whichever worker is first."""
     kept = 0
     failures = 0
@@ -1194,7 +1195,7 @@ def _demonstrate(task, domain, num, first_seed, pool) -> Iterator[dict]:
                 while len(pending) < min(2 * len(os.sched_getaffinity(0)), needed):
                     start = next(starts)
                     seeds = range(start, start + SEEDS_PER_BLOCK)
-                    pending.append(pool.submit(_demonstrate_block, task, domain, seeds))
+                    pending.append(pool.submit(_demonstrate_block, task, domain, seeds, settings))
                 for episode in pending.popleft().result():
                     if not episode["success"]:
                         failures += 1
@@ -1213,17 +1214,20 @@ def _demonstrate(task, domain, num, first_seed, pool) -> Iterator[dict]:
                 block.cancel()
 
 
-def collect_dataset(task, domain, num: int, out: Path, first_seed: int, pool, video: bool = False) -> np.ndarray:
+def collect_dataset(
+    task, domain, num: int, out: Path, first_seed: int, pool, video: bool = False, **settings
+) -> np.ndarray:
     """Collect `num` successful scripted demonstrations of `task` in `domain` (an envs.Domain) into the dataset `out`
     -> their lengths in control steps [num].
 
     Seeds count up from `first_seed`; failed episodes are dropped, and counted in the progress bar. A dataset that is
-    there already is kept: UserError if it has another number of episodes. `pool` is a `worker_pool(workers)`.
+    there already is kept: UserError if it has another number of episodes. `pool` is a `worker_pool(workers)`;
+    `settings` are those of `envs.make`.
     """
     import envs
 
     if not Path(out).exists():
-        write_dataset(out, _demonstrate(task, domain, num, first_seed, pool), envs.CONTROL_HZ, video)
+        write_dataset(out, _demonstrate(task, domain, num, first_seed, pool, settings), envs.CONTROL_HZ, video)
     lengths = np.diff(load_dataset(out, max_bytes=0).bounds)
     found = len(lengths)
     if found != num:
@@ -1234,23 +1238,24 @@ def collect_dataset(task, domain, num: int, out: Path, first_seed: int, pool, vi
 EPISODES_PER_DOMAIN = 2  # of each task
 
 
-def _demonstrate_everything(first_seed, number):
+def _demonstrate_everything(first_seed, settings, number):
     """The successful demonstrations of all tasks in a random domain, which is the first one for number 0."""
     import envs
 
     domain = envs.random_domain(first_seed + number)
     seeds = range(first_seed + EPISODES_PER_DOMAIN * number, first_seed + EPISODES_PER_DOMAIN * (number + 1))
-    episodes = [envs.demonstrate(task, domain, s, fresh=s == seeds[0]) for task in envs.TASKS for s in seeds]
+    starts = [(task, seed) for task in envs.TASKS for seed in seeds]
+    episodes = [envs.demonstrate(task, domain, seed, seed == seeds[0], **settings) for task, seed in starts]
     return [episode for episode in episodes if episode["success"]]
 
 
-def collect_domains(num: int, out: Path, first_seed: int, pool, video: bool = False) -> int:
+def collect_domains(num: int, out: Path, first_seed: int, pool, video: bool = False, **settings) -> int:
     """Collect scripted demonstrations of all tasks in `num` random domains (envs.random_domain) into the one dataset
     `out` -> how many. Failed episodes are dropped. A dataset that is there already is kept as it is."""
     import envs
 
     if not out.exists():
-        domains = pool.map(partial(_demonstrate_everything, first_seed), range(num))
+        domains = pool.map(partial(_demonstrate_everything, first_seed, settings), range(num))
         domains = tqdm(domains, out.name, num, unit="domain")
         write_dataset(out, itertools.chain.from_iterable(domains), envs.CONTROL_HZ, video)
     return len(load_dataset(out, max_bytes=0).bounds) - 1
@@ -1284,6 +1289,8 @@ class CollectArgs:
     video: bool = False
     """Store the frames as H.264 video, several times smaller and slightly lossy, instead of as PNG columns, which are
     exact."""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where pictures are rendered. auto is the GPU if it can render one."""
     debug: bool = False
     """Show the traceback of an error in the input, too."""
 
@@ -1292,14 +1299,16 @@ def collect(args: CollectArgs) -> None:
     """The datasets that CollectArgs describes; UserError for a task or target that is not there."""
     import envs
 
+    settings = dict(render=envs.find_renderer(args.render))
     if args.domains is not None:
         if args.domains < 1:
             raise UserError("--domains: at least 1")
         first_seed = envs.SEEDS["domains"]
         with worker_pool(args.workers) as pool:
-            trained = collect_domains(args.domains, args.out / "domains", first_seed, pool, args.video)
+            trained = collect_domains(args.domains, args.out / "domains", first_seed, pool, args.video, **settings)
             held_out = args.out / "domains-val"
-            validated = collect_domains(math.ceil(args.domains / 20), held_out, first_seed + 500_000, pool, args.video)
+            num_val = math.ceil(args.domains / 20)
+            validated = collect_domains(num_val, held_out, first_seed + 500_000, pool, args.video, **settings)
         print(f"{args.out / 'domains'}: {trained} episodes; {held_out}: {validated}")
         return
     envs.require_task(args.task)
@@ -1312,7 +1321,7 @@ def collect(args: CollectArgs) -> None:
     with worker_pool(args.workers) as pool:
         for domain, held_out, first_seed, num in datasets:
             out = demos_path(args.task, domain.name, held_out, args.out)
-            lengths = collect_dataset(args.task, domain, num, out, first_seed, pool, args.video)
+            lengths = collect_dataset(args.task, domain, num, out, first_seed, pool, args.video, **settings)
             print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
 
 

@@ -16,11 +16,13 @@ import gc
 import hashlib
 import multiprocessing as mp
 import re
+import subprocess
+import sys
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -224,6 +226,39 @@ def shader_for_cpus() -> ShaderConfig:
     sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
     sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
     return replace(config, shader_pack=str(folder))
+
+
+# A real picture: a device that is listed may still fail to render, or end the process that tries. (The Makefile has the
+# same, to try it before this file can be imported.)
+TRY_A_PICTURE = """
+import sapien
+sapien.render.set_camera_shader_dir("trivial")
+scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device("{device}"))])
+camera = scene.add_camera("", 8, 8, 1, 0.01, 1)
+scene.update_render()
+camera.take_picture()
+camera.get_picture("Color")
+"""
+
+
+@lru_cache
+def find_renderer(render: str) -> str:
+    """What ManiSkill shall render with, from --render: "cpu", "gpu", or with "auto" the GPU if it renders a picture. Of
+    several GPUs it is the process's own (torchrun's LOCAL_RANK). UserError if "gpu" does not render."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if render not in ("auto", "gpu"):
+        return render
+    if render == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    tried = subprocess.run([sys.executable, "-c", TRY_A_PICTURE.format(device=gpu)], capture_output=True, text=True)
+    if tried.returncode == 0:
+        return gpu
+    why = (tried.stderr.strip().splitlines() or [f"the process ended with {tried.returncode}"])[-1]
+    advice = "containers lack NVIDIA's Vulkan files unless NVIDIA_DRIVER_CAPABILITIES has graphics"
+    if render == "gpu":
+        raise UserError(f"--render gpu: {gpu} renders no picture ({why}); {advice}")
+    tqdm.write(f"pictures are rendered on the CPU: {gpu} renders none ({why}); {advice}", file=sys.stderr)
+    return "cpu"
 
 
 # ---- robot ------------------------------------------------------------------------------------------------------
@@ -476,9 +511,11 @@ class TabletopEnv(BaseEnv):
         image_size: int = IMAGE_SIZE,
         full_meshes: bool = False,
         video_size: int = 256,
+        render: str = "auto",
         **kwargs,
     ):
         """`variation`: one of VARIATIONS. `full_meshes`: the robot as it looks, many times slower to render on a CPU.
+        `render`: where pictures are rendered, as `find_renderer` takes it.
         `kwargs` are ManiSkill's (num_envs, sim_backend, render_backend, ...)."""
         self.domain = domain
         self.variation = variation
@@ -486,7 +523,7 @@ class TabletopEnv(BaseEnv):
         self.full_meshes = full_meshes
         self.video_size = video_size  # pixels, of what people see
         defaults = dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None)
-        defaults["render_backend"] = "gpu" if torch.cuda.is_available() else "cpu"
+        defaults["render_backend"] = find_renderer(render)
         super().__init__(**(defaults | kwargs))
 
     # ManiSkill's hooks ------------------------------------------------------------------------------------------------
@@ -565,8 +602,9 @@ class TabletopEnv(BaseEnv):
 
     def _get_obs_sensor_data(self, apply_texture_transforms=True):
         data = super()._get_obs_sensor_data(apply_texture_transforms)
+        # A GPU's pictures come as they lie there. Physics on a CPU goes on with them on the CPU.
+        rgb = data["base_0_rgb"]["rgb"] = data["base_0_rgb"]["rgb"].to(self.device)
         if self.domain.image_noise:
-            rgb = data["base_0_rgb"]["rgb"]
             noise = torch.randn(rgb.shape, generator=self._noise, device=self.device) * self.domain.image_noise
             data["base_0_rgb"]["rgb"] = (rgb + noise).round().clip(0, 255).to(torch.uint8)
         return data
@@ -1072,15 +1110,17 @@ def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
 _cached: dict = {}  # a process that demonstrates keeps an environment a task: making one takes seconds
 
 
-def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False) -> dict:
-    """One episode of the scripted demonstrator, rendered at every control step; `fresh` builds the scene anew.
+def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False, **kwargs) -> dict:
+    """One episode of the scripted demonstrator, rendered at every control step; `fresh` builds the scene anew. `kwargs`
+    are those of `make`.
 
     -> image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what was seen
     and then done at control step t.
     """
-    if task not in _cached:
-        _cached[task] = make(task, domain)
-    env = _cached[task]
+    key = (task, *kwargs.items())
+    if key not in _cached:
+        _cached[key] = make(task, domain, **kwargs)
+    env = _cached[key]
     fresh |= env.domain != domain
     env.domain = domain
     env.reset(seed=[seed], options=dict(reconfigure=fresh))
@@ -1155,6 +1195,7 @@ class VecEnv:
         """`workers`: processes, one a core by default. `kwargs` are those of `make`."""
         require_task(task)
         workers = max(1, min(workers or len(os.sched_getaffinity(0)), num_envs))
+        kwargs["render"] = find_renderer(kwargs.get("render", "auto"))  # tried once, and not by every process
         self.num_envs = num_envs
         self.instruction = TASKS[task].instruction
         self.max_episode_steps = TASKS[task].max_episode_steps

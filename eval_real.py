@@ -31,10 +31,9 @@ import tyro
 
 import envs
 from checkpoints import UserError, claim, one_line_errors, read_file, run_settings, write_file
+from machines import find_device
 from policy import Policy, load_policy
 from robot import Camera, Franka, Keyboard, Rig, Stopped, get_ready, play, show_overlay
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -51,6 +50,8 @@ class EvaluationArgs(CommonArgs):
     """Checkpoints to compare: folders, or names on the Hub."""
     variation: Literal[envs.VARIATIONS] | None = None
     """What is changed to something unseen in training: the object, the positions, or the robot's starting poses."""
+    device: str = "auto"
+    """Where the policy computes: cpu, cuda, or a certain GPU such as cuda:1; auto is the GPU if there is one."""
     out: Path = Path("runs/eval")
     """Folder of the results and the videos. Trials on an arm go on in the folder that they began in."""
 
@@ -188,19 +189,21 @@ def provenance(args) -> dict:
             commit += "-dirty"
     except OSError:  # no git
         commit = ""
-    machine = dict(device=DEVICE, cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads())
+    machine = dict(
+        device=str(find_device(args.device)), cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads()
+    )
     packages = {name: version(name) for name in ("torch", "transformers", "mani_skill", "sapien", "numpy")}
     return dict(args=run_settings(args), commit=commit, python=platform.python_version(), **machine, **packages)
 
 
-def load_policies(names: tuple[str, ...]) -> dict[str, Policy]:
+def load_policies(names: tuple[str, ...], device: str) -> dict[str, Policy]:
     missing = [name for name in names if name in EvaluationArgs.policies and not Path(name).exists()]
     if missing:
         raise UserError(
             f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, then "
             f"`python train_rlco.py` runs/rlco/best"
         )
-    return {name: load_policy(name, device=DEVICE) for name in names}
+    return {name: load_policy(name, device=find_device(device)) for name in names}
 
 
 def video_path(out: Path, policy: str, domain: str, seed: int, success: bool) -> Path:
@@ -223,6 +226,9 @@ class StandinArgs(EvaluationArgs):
     videos: int = 2
     """Episodes of each kind, successes and failures, of each checkpoint, played once more and recorded (with other
     noise, so that some end otherwise; their names say how). 0 records nothing."""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the simulator renders: auto is the GPU if it can render a picture. cpu leaves a GPU's memory to the policy,
+    and below some 500 worlds it is fast enough."""
 
 
 def greedy(policy: Policy) -> Callable:
@@ -234,6 +240,11 @@ def greedy(policy: Policy) -> Callable:
     return act
 
 
+def make_world(args: StandinArgs, domain: str) -> envs.VecEnv:
+    looks = dict(variation=args.variation, render=args.render)
+    return envs.VecEnv(args.task, envs.DOMAINS[domain], args.num_envs, **looks)
+
+
 def standin(args: StandinArgs) -> None:
     """Play the same episodes with every checkpoint, in the twin and in the target."""
     envs.require_task(args.task)
@@ -241,7 +252,7 @@ def standin(args: StandinArgs) -> None:
         raise UserError(f"no domain '{args.target}': --target is one of {', '.join(envs.DOMAINS)} (envs.DOMAINS)")
     if min(args.episodes, args.num_envs) < 1:
         raise UserError("--episodes and --num-envs are at least 1")
-    policies = load_policies(args.policies)
+    policies = load_policies(args.policies, args.device)
     weights = {name: policy.sha256() for name, policy in policies.items()}
     repeat = dict(weights=weights, **provenance(args))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
@@ -253,7 +264,7 @@ def standin(args: StandinArgs) -> None:
     for domain in domains:
         for name, policy in policies.items():
             # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
-            world = envs.VecEnv(args.task, envs.DOMAINS[domain], args.num_envs, variation=args.variation)
+            world = make_world(args, domain)
             with closing(world):
                 played = world.play(greedy(policy), seeds, f"{name}, {domain}")
             success = played["success"].tolist()
@@ -276,7 +287,7 @@ def record_videos(args: StandinArgs, policies: dict[str, Policy], seeds: range, 
     with ExitStack() as stack:
         worlds = {}
         for domain in domains:
-            world = envs.VecEnv(args.task, envs.DOMAINS[domain], args.num_envs, variation=args.variation)
+            world = make_world(args, domain)
             worlds[domain] = stack.enter_context(closing(world))
         for r in results:
             successes = [seed for seed, success in zip(seeds, r["success"]) if success]
@@ -380,7 +391,7 @@ def franka(args: FrankaArgs) -> None:
     envs.require_task(args.task)
     if args.trials < 1:
         raise UserError("--trials is at least 1")
-    policies = load_policies(args.policies)
+    policies = load_policies(args.policies, args.device)
     if args.dry_run:
         return dry_run(args, policies)
     trials = Trials(args, policies)
@@ -483,6 +494,8 @@ class ServeArgs(CommonArgs):
     """Address to listen on. Only this machine reaches the default; 0.0.0.0 is every network that it is on."""
     port: int = 8000
     """TCP port to listen on; 0 takes a free one, which is printed."""
+    device: str = "auto"
+    """Where the policy computes: cpu, cuda, or a certain GPU such as cuda:1; auto is the GPU if there is one."""
 
 
 def pack_array(x):
@@ -579,7 +592,7 @@ def serve(args: ServeArgs) -> None:
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements-robot.txt") from None
     envs.require_task(args.task)
-    policy = load_policies((args.policy,))[args.policy]
+    policy = load_policies((args.policy,), args.device)[args.policy]
     server = Server(policy, args.policy, envs.TASKS[args.task].instruction)
     options = dict(compression=None, max_size=1 << 26, process_request=answer_health)  # 64 MiB a message
     try:

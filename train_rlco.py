@@ -26,6 +26,7 @@ from tqdm import tqdm
 import checkpoints
 import data
 import envs
+import machines
 from checkpoints import UserError
 from policy import AdamW, concat_obs, index_obs, load_policy
 
@@ -106,6 +107,11 @@ class Args:
     """Seed of the episodes, the policy's noise and the batches."""
     out: Path = Path("runs/rlco")
     """Folder of the run."""
+    device: str = "auto"
+    """Where the policy computes: cpu, cuda, or a certain GPU such as cuda:1; auto is the GPU if there is one."""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the simulator renders: auto is the GPU if it can render a picture. cpu leaves a GPU's memory to the policy,
+    and below some 500 worlds it is fast enough."""
     wandb: bool = False
     """Also log to Weights & Biases (pip install wandb)."""
     debug: bool = False
@@ -281,7 +287,7 @@ def main(args: Args):
 
     real, held_out = data.open_real(args, train=args.beta > 0)
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machines.find_device(args.device)
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
     policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
@@ -296,7 +302,9 @@ def main(args: Args):
 
     # resume a killed run, leave a finished one alone
     settings = checkpoints.run_settings(args) | {"weights of --policy": policy.sha256()}
-    state = checkpoints.resume_run(args.out, settings, free={"iterations", "eval_envs", "out", "wandb", "debug"})
+    state = checkpoints.resume_run(
+        args.out, settings, free={"iterations", "eval_envs", "device", "render", "out", "wandb", "debug"}
+    )
     start, updates, metrics, best = 0, 0, [], -1.0
     if state:
         start, updates, metrics, best = (state[k] for k in ("iteration", "updates", "metrics", "best"))
@@ -315,8 +323,8 @@ def main(args: Args):
 
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     writer = SummaryWriter(args.out / "tensorboard", purge_step=start)
-    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs)
-    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs)
+    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, render=args.render)
+    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, render=args.render)
     decisions = math.ceil(twin.max_episode_steps / policy.chunk)  # a rollout holds the longest episode
     print(
         f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "

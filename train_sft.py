@@ -25,6 +25,7 @@ from tqdm import tqdm
 import checkpoints
 import data
 import envs
+import machines
 from checkpoints import UserError
 from policy import AdamW, index_obs, load_policy
 
@@ -84,6 +85,11 @@ class Args:
     """Seed of the weights, the batches and the policy's noise."""
     out: Path = Path("runs/sft")
     """Folder of the run."""
+    device: str = "auto"
+    """Where the policy computes: cpu, cuda, or a certain GPU such as cuda:1; auto is the GPU if there is one."""
+    render: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where the simulator renders: auto is the GPU if it can render a picture. cpu leaves a GPU's memory to the policy,
+    and below some 500 worlds it is fast enough."""
     wandb: bool = False
     """Also log to Weights & Biases (pip install wandb)."""
     debug: bool = False
@@ -101,7 +107,7 @@ def main(args: Args):
     trained_on = [dataset for dataset in (real, sim) if dataset is not None]
 
     torch.manual_seed(args.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machines.find_device(args.device)
     dtype = torch.bfloat16 if args.bf16 else None
     policy = load_policy(args.policy, stats=data.statistics(real, sim, args.alpha), dtype=dtype, device=device)
     policy.set_trainable(args.train)
@@ -126,7 +132,9 @@ def main(args: Args):
     settings = checkpoints.run_settings(args)
     step = 0
     best = -1.0
-    state = checkpoints.resume_run(args.out, settings, free={"workers", "num_envs", "out", "wandb", "debug"})
+    state = checkpoints.resume_run(
+        args.out, settings, free={"workers", "num_envs", "device", "render", "out", "wandb", "debug"}
+    )
     if state:
         step = state["step"]
         best = state["best"]
@@ -146,8 +154,8 @@ def main(args: Args):
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     # What was logged at `step` stays: the step was finished.
     writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1)
-    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs)
-    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs)
+    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, render=args.render)
+    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs, render=args.render)
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
     # A generator of its own: the global one stays where resuming put it.

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (  # from the ground up; rooms of one floor do not import each other
     "checkpoints",
+    "machines",
     "envs policy",
     "data",
     "robot",
@@ -47,11 +48,11 @@ def test_an_import_points_down(room):
     """So there is no circle, and what stands low can be copied without what stands above it."""
     modules = set(imported(room))
     assert [other for other in modules if FLOOR.get(other, -1) >= FLOOR[room]] == []
-    if room in ("checkpoints", "policy"):  # a policy runs where no simulator is installed
+    if room in ("checkpoints", "machines", "policy"):  # a policy runs where no simulator is installed
         assert not {module.split(".")[0] for module in modules} & {"sapien", "mani_skill"}
 
 
-@pytest.mark.parametrize("room", ["checkpoints", "envs", "policy", "data", "robot"])
+@pytest.mark.parametrize("room", ["checkpoints", "machines", "envs", "policy", "data", "robot"])
 def test_a_library_never_ends_the_process(room):
     """A notebook that imports it survives every mistake."""
     named = {ast.unparse(node) for node in ast.walk(parsed(room)) if isinstance(node, (ast.Name, ast.Attribute))}

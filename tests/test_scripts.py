@@ -119,7 +119,7 @@ def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypa
     """Bit for bit: weights, optimizer, schedule, random numbers and batches. Nothing is evaluated, which takes no part.
     Killed before the first checkpoint (at step 51), it begins anew; after it (at the end, 102), it goes on from 100."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(train_sft.envs, "VecEnv", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(train_sft.envs, "VecEnv", lambda *_, **__: SimpleNamespace(close=lambda: None))
     result = {"eval/success_twin": 0.5}
     for name, kills in (("straight", 0), ("resumed", 2)):
         validations = Mock(
@@ -144,7 +144,7 @@ class Noise:
 
     max_episode_steps = 12
 
-    def __init__(self, task, domain, num_envs):
+    def __init__(self, task, domain, num_envs, **_):
         self.num_envs = num_envs
 
     def reset(self, seed):

@@ -1,0 +1,90 @@
+"""Mistakes with devices, found without a GPU: see pretend_cuda.py. What needs a real one is in test_gpu.py."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from mani_skill.utils.structs import RenderCamera
+from pretend_cuda import OnCuda, PretendCuda
+from test_rlco import ARGS, STATS, make_rollout
+from test_scripts import Noise
+
+import envs
+import train_rlco
+from checkpoints import UserError
+from machines import find_device
+from policy import AdamW, load_policy
+
+
+@pytest.mark.parametrize("mistake", [lambda x: x.numpy(), np.asarray, lambda x: x + torch.ones(3), torch.ones(3).add])
+def test_the_pretended_gpu_finds_mistakes(mistake):
+    with PretendCuda():
+        x = torch.arange(3.0, device="cuda")
+        assert (x[1:] * 2).tolist() == [2, 4] and x.cpu().numpy().sum() == 3
+        with pytest.raises((RuntimeError, TypeError), match="cuda:0"):
+            mistake(x)
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert str(find_device("auto")) == "cuda" and str(find_device("cuda:1")) == "cuda:1"
+    for name in ("cuda:2", "gpu", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            find_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert str(find_device("auto")) == "cpu"
+    with pytest.raises(UserError, match="finds no GPUs"):
+        find_device("cuda")
+
+
+def test_a_gpu_that_cannot_render_is_told_once(monkeypatch, capsys):
+    """As in a container without NVIDIA's Vulkan files. The picture is really tried."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    envs.find_renderer.cache_clear()
+    assert [envs.find_renderer(render) for render in ("auto", "auto", "cpu")] == ["cpu"] * 3
+    said = capsys.readouterr().err
+    assert said.count("rendered on the CPU: cuda:7 renders none") == 1 and said.count("\n") == 1
+    with pytest.raises(UserError, match="--render gpu: cuda:7 renders no picture"):
+        envs.find_renderer("gpu")
+    envs.find_renderer.cache_clear()
+
+
+@pytest.mark.parametrize("domain", [envs.TWIN, envs.STANDIN], ids=lambda domain: domain.name)
+def test_pictures_of_a_gpu_come_to_the_physics_on_the_cpu(domain, monkeypatch):
+    """ManiSkill hands them out as CUDA tensors; the stand-in's noise is drawn on the CPU."""
+    get_picture = RenderCamera.get_picture
+    env = envs.make("push_cube", domain)
+    monkeypatch.setattr(RenderCamera, "get_picture", lambda *args: [x.to("cuda:0") for x in get_picture(*args)])
+    with PretendCuda():
+        seen = env.observe(env.reset(seed=[1])[0])
+        assert seen["image"].numpy().shape == (1, 64, 64, 3) and not isinstance(seen["state"], OnCuda)
+        env.step_chunk(torch.zeros(1, 2, 7))
+        env.observe()["image"].numpy()
+    env.close()
+
+
+@pytest.mark.parametrize("name, part", [("tiny-pi05", "expert"), ("tiny-openvla", "llm")])
+def test_an_iteration_of_stage_2_on_a_gpu(name, part):
+    """Observations, actions and rewards cross from the simulator's CPU to the policy's GPU and back."""
+    world = Noise("push_cube", envs.TWIN, num_envs=3)
+    more = dict(max_grad_norm=1.0, target_kl=9.0, update_epochs=1, minibatch_size=6, accumulate=2, gamma=0.9, out="")
+    args = SimpleNamespace(**vars(ARGS), **more, gae_lambda=0.9)
+    with PretendCuda():
+        policy = load_policy(name, stats=STATS, device="cuda:0")
+        for train in (part, "all"):
+            policy.set_trainable(train)
+            trained = [p for p in policy.parameters() if p.requires_grad]
+            optimizer = AdamW([dict(params=trained, lr=1e-5)])
+            experience = train_rlco.rollout(policy, world, first_seed=0, decisions=3)
+            columns = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
+            assert all(isinstance(experience[key], OnCuda) for key in columns)
+            columns = [experience[key] for key in columns]
+            experience["advantage"], experience["returns"] = train_rlco.gae(*columns, args.gamma, args.gae_lambda)
+            assert np.isfinite(list(train_rlco.rollout_metrics(experience, 1.0).values())).all()
+            real = make_rollout(load_policy(name, stats=STATS), n=4)[1]
+            before = trained[-1].detach().cpu().clone()
+            log = train_rlco.update(policy, optimizer, experience, [real] * 9, 0, False, args)
+            assert log["time/updates"] == 2 and not torch.equal(trained[-1].detach().cpu(), before)
