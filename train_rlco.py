@@ -367,7 +367,7 @@ def main(args: Args):
         for key, value in log.items():
             writer.add_scalar(key, value, iteration)
         writer.flush()
-        stop_if_collapsed(metrics, args)
+        stop_if_diverged(metrics, args)
         checkpoints.write_file(args.out / "metrics.json", metrics)
         policy.save(args.out / "last")
         state = dict(iteration=min(iteration + 1, args.iterations), updates=updates, best=best, metrics=metrics)
@@ -383,14 +383,18 @@ def main(args: Args):
     )
 
 
-def stop_if_collapsed(metrics: list[dict], args):
-    """UserError if a policy that once succeeded has not done so in four rollouts: it will not come back."""
+def stop_if_diverged(metrics: list[dict], args):
+    """UserError if a policy that once succeeded has not done so in four rollouts, or a critic has been worse than none
+    in three: neither will come back."""
     success = [log["rollout/success"] for log in metrics if "rollout/success" in log]
+    explained = [log["rollout/explained_variance"] for log in metrics if "rollout/explained_variance" in log]
+    why = None
     if len(success) >= 4 and max(success[-4:]) == 0 and max(success) > 0.1:
-        raise UserError(
-            f"the policy collapsed: no success in iterations {len(success) - 4} to {len(success) - 1}. {args.out}/best "
-            f"is the best checkpoint; begin again with a lower --lr or --target-kl and another --out"
-        )
+        why = "the policy collapsed: rollout/success was 0 four times; take a lower --lr or --target-kl"
+    if len(explained) >= 3 and max(explained[-3:]) < -10:  # -0.5 at worst in the runs of results/
+        why = f"the critic ran away: rollout/explained_variance is {explained[-1]:.0f}; take a lower --value-lr"
+    if why:
+        raise UserError(f"iteration {len(success) - 1}: {why} and another --out. {args.out} keeps the last checkpoint")
 
 
 def curve(metrics: list[dict], key: str, scale: float = 1.0) -> list[tuple]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import train_rlco
+from checkpoints import UserError
 from policy import load_policy
 
 STATS = {
@@ -133,3 +134,17 @@ def test_clipping_stops_the_gradient_of_a_ratio_that_went_too_far(policy):
     assert gradient(policy, loss).abs().max() == 0
     back = dict(far, advantage=-torch.ones(6))  # to be lowered: not clipped
     assert gradient(policy, train_rlco.rlco_loss(policy, back, None, args)[0]).abs().max() > 0
+
+
+def test_a_run_that_will_not_come_back_is_stopped():
+    def logs(success, explained):
+        rows = zip(success, explained)
+        return [{"rollout/success": s, "rollout/explained_variance": e} for s, e in rows] + [{"eval/success_twin": 0}]
+
+    args = train_rlco.Args()
+    train_rlco.stop_if_diverged(logs([0] * 9, [-9, -40, -40, 0.1] * 2), args)  # never began, came back
+    train_rlco.stop_if_diverged(logs([0.2, 0, 0, 0], [0] * 4), args)
+    with pytest.raises(UserError, match="iteration 4: the policy collapsed"):
+        train_rlco.stop_if_diverged(logs([0.2, 0, 0, 0, 0], [0] * 5), args)
+    with pytest.raises(UserError, match="iteration 2: the critic ran away: rollout/explained_variance is -40"):
+        train_rlco.stop_if_diverged(logs([0.2, 0.2, 0.2], [-11, -20, -40]), args)
