@@ -8,6 +8,7 @@ After torch's own FakeTensorMode, which has no values: code that asks for one (`
 """
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -15,6 +16,12 @@ CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
 MOVES = (aten.copy_.default, aten._to_copy.default)  # may have tensors of two devices
 INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+
+
+def without_lists(index):
+    """Lists in an index as tensors: torch would make them on the meta device, without a value."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts)
 
 
 class OnCuda(torch.Tensor):
@@ -46,6 +53,12 @@ class OnCuda(torch.Tensor):
     def new_tensor(self, data):
         return torch.tensor(data, dtype=self.dtype).to(CUDA)
 
+    def __getitem__(self, index):
+        return super().__getitem__(without_lists(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(without_lists(index), value)
+
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         raise RuntimeError(f"{func} outside of PretendCuda")
@@ -57,10 +70,13 @@ class PretendCuda(TorchDispatchMode):
     def __enter__(self):
         torch._C._ensureCUDADeviceGuardSet()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU, and moved
+        self.attention = sdpa_kernel(SDPBackend.MATH)  # a GPU's own kernels cannot be pretended
+        self.attention.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         torch._C._set_only_lift_cpu_tensors(False)
+        self.attention.__exit__(*error)
         return super().__exit__(*error)
 
     @classmethod

@@ -73,6 +73,7 @@ def test_an_iteration_of_stage_2_on_a_gpu(name, part):
     more = dict(max_grad_norm=1.0, target_kl=9.0, update_epochs=1, minibatch_size=6, accumulate=2, gamma=0.9, out="")
     args = SimpleNamespace(**vars(ARGS), **more, gae_lambda=0.9)
     with PretendCuda():
+        torch.manual_seed(0)
         policy = load_policy(name, stats=STATS, device="cuda:0")
         for train in (part, "all"):
             policy.set_trainable(train)
