@@ -18,8 +18,9 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,12 @@ def one_line_errors(debug: bool = False) -> None:
 
 def disk_is_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@cache  # so that each line is said once
+def note(text: str) -> None:
+    """Say in one line what is no error, but is better known."""
+    print(text, file=sys.stderr)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -186,8 +193,83 @@ def restore_rng(state: dict) -> None:
     torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])  # it may go on with fewer GPUs
 
 
+# ---- what statistics mean ---------------------------------------------------------------------------------------
+
+# fmt: off
+MODES = {  # lerobot's names of ways to normalise, and the kinds of statistics that each needs
+    "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max"), "MEAN_STD": ("mean", "std"),
+    "IDENTITY": ()}
+# fmt: on
+EPS = {"rlco": 1e-6, "openpi": 1e-6, "lerobot": 1e-8, "openvla": 1e-8}  # what a convention adds to a range
+WIDE = 1000.0  # half of the range that stands for none, where no state is more than the middle of its bins
+
+
+class Affine(NamedTuple):
+    """y = (x - offset) / scale + shift, in [D]; but y = 0 and x = offset where `still`."""
+
+    offset: torch.Tensor
+    scale: torch.Tensor
+    shift: float
+    still: torch.Tensor
+    moves: torch.Tensor  # whether the data has any range there
+
+
+def affine(
+    kinds: dict, mode: str, convention: str, eps: float | None = None, dtype: torch.dtype = torch.float32
+) -> Affine:
+    """How a project normalises a feature with its statistics {"q01": [...], ...}. They differ where there is no range:
+    q01 = q99 is -1 in openpi and lerobot, which the weights they trained expect, and 0 here. OpenVLA has 0 where the
+    minimum is the maximum. lerobot adds its eps to no range but 0."""
+    eps = EPS[convention] if eps is None else eps
+    if mode == "IDENTITY":
+        ones = torch.ones(robot_dims(kinds), dtype=dtype)
+        return Affine(ones * 0, ones, 0.0, ones < 0, ones > 0)
+    first, second = (torch.tensor(kinds[kind], dtype=dtype) for kind in MODES[mode])
+    never = torch.zeros_like(first, dtype=torch.bool)
+    if mode == "MEAN_STD":
+        return Affine(first, second + eps, 0.0, never, second > 0)
+    width = second - first
+    moves = width > 0
+    if convention == "lerobot":
+        return Affine(first, torch.where(width == 0, eps, width) / 2, -1.0, never, moves)
+    still = never
+    if convention == "openvla" and "min" in kinds:
+        still = torch.tensor(kinds["min"]) == torch.tensor(kinds["max"])
+    elif convention != "openpi":
+        still = ~moves
+    return Affine(first, (width + eps) / 2, -1.0, still, moves)
+
+
+def restate(kinds: dict, mode: str, convention: str, target: str, feature: str) -> dict:
+    """Statistics with which the quantiles of another project, `target`, compute what these do in their convention."""
+    if convention == target and mode == "QUANTILES" or not kinds.keys() >= set(MODES[mode]):
+        return kinds
+    offset, scale, shift, still, _ = affine(kinds, mode, convention, dtype=torch.float64)
+    low = offset - (1 + shift) * scale
+    if mode == "QUANTILES" and EPS[convention] == EPS[target]:
+        high = torch.tensor(kinds["q99"], dtype=torch.float64)
+    else:
+        high = low + 2 * scale - (0 if target == "lerobot" else EPS[target])
+    if feature == "action":
+        high = torch.where(still, low, high)  # gives q01, whatever the model says
+    else:  # gives the middle of bin 128, in which 0 is
+        high = torch.where(still, offset + WIDE * (1 - 1 / 256), high)
+        low = torch.where(still, offset - WIDE * (1 + 1 / 256), low)
+    return {**kinds, "q01": low.tolist(), "q99": high.tolist()}
+
+
+def robot_dims(kinds: dict) -> int:
+    """The number of a feature's dimensions, less zeros that pad it to the model's (32 in openpi and RLinf)."""
+    columns = [kinds[kind] for pair in MODES.values() for kind in pair if kind in kinds]
+    dims = len(columns[0]) if columns else ACTION_DIM
+    while dims > ACTION_DIM and all(abs(column[dims - 1]) < 1e-6 for column in columns):
+        dims -= 1
+    return dims
+
+
 # ---- reading a checkpoint folder --------------------------------------------------------------------------------
 
+ACTION_DIM = 7  # of the robots here, as states have
 HEADS = ("value_head.", "noise_head.")  # what RL adds to a published model; float32, in a file of their own
 PALIGEMMA = "paligemma_with_expert.paligemma."
 LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
@@ -204,6 +286,8 @@ RENAMES: tuple[tuple[str, str | Callable], ...] = (
 )
 OPENPI_STATS = {"observation.state": "state", "action": "actions"}  # our name of a statistic, and theirs
 OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+LEROBOT_STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
+LEROBOT_STATE_DIM = 32  # of that step up to lerobot 0.4.4, which pads the normalised state with zeros
 # fmt: off
 LEROBOT_CONFIG = {  # their name of a setting, and ours
     "chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
@@ -279,11 +363,15 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
     if words is not None:
         published = presets["pi05"]
         extra = ("min_period", "max_period")
-        raw |= {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
+        if "chunk" not in raw:  # only our own say chunk
+            lerobot = raw.get("type") == "pi05" or (folder / "policy_preprocessor.json").is_file()
+            raw |= read_lerobot(folder, raw) if lerobot else {"convention": "openpi"}
         raw["vlm"] = {**raw.get("vlm", published["vlm"]), "vocab_size": len(words)}
     elif "projector.fc1.weight" in tensors:
         published = presets["openvla-7b"]
         extra = ("norm_stats", "unnorm_key")
+        if "chunk" not in raw:
+            raw["convention"] = "openvla"
         statistics = folder / "dataset_statistics.json"
         if statistics.is_file():  # of its fine-tuning: OpenVLA's code, too, prefers them to config.json's
             raw["norm_stats"] = read_file(statistics)
@@ -305,6 +393,52 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
         config["value_hidden"] = [len(tensors[name]) for name in value_head[:-1]]
     config["chunk"] = min(config["chunk"], config["action_horizon"])
     return config
+
+
+def lerobot_steps(folder: Path, pipeline: str) -> dict[str, dict]:
+    """The steps of one of lerobot's processor pipelines by name, in order; none if there is no such file."""
+    file = folder / f"{pipeline}.json"
+    steps = read_file(file)["steps"] if file.is_file() else []
+    return {step.get("registry_name") or step["class"]: step for step in steps}
+
+
+def read_lerobot(folder: Path, raw: dict) -> dict:
+    """Settings, under our names, from lerobot's config.json and from its two pipelines, which go before it."""
+    config = {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
+    before = lerobot_steps(folder, "policy_preprocessor")
+    after = lerobot_steps(folder, "policy_postprocessor")
+    modes = {}
+    for feature, kind, step in (
+        ("observation.state", "STATE", before.get("normalizer_processor", {})),
+        ("action", "ACTION", after.get("unnormalizer_processor", {})),
+    ):
+        said = step.get("config", {}).get("norm_map") or raw.get("normalization_mapping") or {kind: "QUANTILES"}
+        modes[feature] = said.get(kind, "IDENTITY")
+        if modes[feature] not in MODES:
+            raise UserError(
+                f"{folder} normalises its {feature} by {modes[feature]}, of which nothing is known here but "
+                f"{', '.join(MODES)}"
+            )
+    config |= {"normalization": modes, "convention": "lerobot"}
+    if LEROBOT_STATE_STEP in before and "state_file" in before.get("normalizer_processor", {}):
+        config["prompt_state_dim"] = lerobot_state_dim(folder, raw, before)
+    return config
+
+
+def lerobot_state_dim(folder: Path, raw: dict, steps: dict) -> int:
+    """How many numbers of state the lerobot that trained this wrote into a prompt at least: up to 0.4.4 it pads the
+    normalised state with zeros, from 0.5 on it does not. Neither says so; their configurations differ in fields."""
+    run = folder / "train_config.json"
+    version = read_file(run) if run.is_file() else {}
+    if "use_relative_actions" in raw or "relative_actions_processor" in steps or "cudnn_deterministic" in version:
+        return 0
+    dims = steps[LEROBOT_STATE_STEP].get("config", {}).get("max_state_dim")
+    if dims is None and not version:
+        note(
+            f"{folder} does not say which lerobot trained it: its prompt is taken to have {LEROBOT_STATE_DIM} numbers "
+            "of state, as up to 0.4.4; for 0.5.0 give load_policy(prompt_state_dim=0)"
+        )
+    return LEROBOT_STATE_DIM if dims is None else dims
 
 
 def read_stats(folder: Path, config: dict) -> dict:
@@ -403,6 +537,8 @@ def by_layer(names: list[str]) -> str:
 # ---- writing one ------------------------------------------------------------------------------------------------
 
 SHARD_SIZE = {"openvla": "5GB"}  # by layout; whoever reads the others' reads one file
+# What says how a checkpoint was, and is written anew or no longer true.
+NO_COMPANIONS = ("adapter_config.json", "policy_preprocessor.json", "policy_postprocessor.json", "train_config.json")
 
 
 def write_checkpoint(
@@ -453,7 +589,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     for file in sorted(source.rglob("[!.]*")):
         own = file.is_relative_to(target) and not source.is_relative_to(target)
         small = file.suffix in (".json", ".py", ".model", ".txt") and not file.name.endswith(".index.json")
-        if small and not own:
+        if small and not own and file.name not in NO_COMPANIONS:
             write_file(folder / file.relative_to(source), file.read_bytes())
 
 
@@ -472,11 +608,16 @@ def export(folder: Path, layout: str | None, config: dict, stats: dict, tensors:
     if tied:  # openpi's loader wants a tied tensor once, under the other name
         tensors = {name: tensor for name, tensor in tensors.items() if name != EMBED}
     kinds = ("mean", "std", "q01", "q99")
-    theirs = {
-        name: {kind: stats[ours][kind] for kind in kinds if kind in stats[ours]}
-        for ours, name in OPENPI_STATS.items()
-        if ours in stats
-    }
+    if layout and config["prompt_state_dim"]:
+        raise UserError(
+            f"openpi cannot write the {config['prompt_state_dim']} numbers of state into a prompt that this policy was "
+            'trained with by lerobot: save it with layout="lerobot"'
+        )
+    theirs = {}
+    for ours, name in OPENPI_STATS.items():
+        if ours in stats:
+            said = restate(stats[ours], config["normalization"][ours], config["convention"], "openpi", ours)
+            theirs[name] = {kind: said[kind] for kind in kinds if kind in said}
     for file in list(folder.glob("**/norm_stats.json")) or [folder / "assets/rlco/norm_stats.json"]:
         write_file(file, {"norm_stats": theirs})
     return tensors, {**OPENPI_CONFIG, **config}
@@ -503,14 +644,31 @@ def export_openvla(folder: Path, config: dict, stats: dict) -> dict:
 def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
     """Write lerobot's two processor pipelines, which hold the statistics -> its config.json."""
     stats = {feature: kinds for feature, kinds in stats.items() if feature in OPENPI_STATS}
+    modes = dict(config["normalization"])
+    if config["convention"] != "lerobot":
+        stats = {
+            feature: restate(kinds, modes[feature], config["convention"], "lerobot", feature)
+            for feature, kinds in stats.items()
+        }
+        modes = dict.fromkeys(modes, "QUANTILES")
+    dims = {feature: robot_dims(kinds) for feature, kinds in stats.items()}
+    stats = {
+        feature: {kind: values[: dims[feature]] for kind, values in kinds.items()} for feature, kinds in stats.items()
+    }
+    # Up to 0.4.4 lerobot pads the state to this in the prompt, to 32 where it is not said; from 0.5 on it does not.
+    state_dim = config["prompt_state_dim"] or dims.get("observation.state", ACTION_DIM)
+    if state_dim > dims.get("observation.state", state_dim):
+        note(
+            f"{folder}: lerobot up to 0.4.4 reads this policy's prompt, with {state_dim} numbers of state; newer do not"
+        )
     size = config["vision"]["image_size"]
     inputs = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, size, size]}}
     outputs = {"action": {"type": "ACTION", "shape": [config["action_dim"]]}}
     if "observation.state" in stats:
-        inputs["observation.state"] = {"type": "STATE", "shape": [len(stats["observation.state"]["q01"])]}
+        inputs["observation.state"] = {"type": "STATE", "shape": [dims["observation.state"]]}
     if "action" in stats:
-        outputs["action"]["shape"] = [len(stats["action"]["q01"])]
-    modes = {"VISUAL": "IDENTITY", "STATE": "QUANTILES", "ACTION": "QUANTILES"}
+        outputs["action"]["shape"] = [dims["action"]]
+    norm_map = {"VISUAL": "IDENTITY", "STATE": modes["observation.state"], "ACTION": modes["action"]}
     device = ("device_processor", {"device": "cpu", "float_dtype": None})
     # fmt: off
     text = {"max_length": config["max_token_len"], "task_key": "task", "padding_side": "right",
@@ -518,9 +676,9 @@ def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
     pipelines = {
         "policy_preprocessor": [
             ("rename_observations_processor", {"rename_map": {}}), ("to_batch_processor", {}),
-            ("normalizer_processor", {"features": {**inputs, **outputs}, "norm_map": modes}),
-            ("pi05_prepare_state_tokenizer_processor_step", {}), ("tokenizer_processor", text), device],
-        "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": modes}), device]}
+            ("normalizer_processor", {"features": {**inputs, **outputs}, "norm_map": norm_map}),
+            (LEROBOT_STATE_STEP, {"max_state_dim": state_dim}), ("tokenizer_processor", text), device],
+        "policy_postprocessor": [("unnormalizer_processor", {"features": outputs, "norm_map": norm_map}), device]}
     # fmt: on
     flat = {
         f"{feature}.{kind}": torch.tensor(value, dtype=torch.float32)
@@ -539,7 +697,7 @@ def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
         **OPENPI_CONFIG,
         **{theirs: config[ours] for theirs, ours in LEROBOT_CONFIG.items()},
         "image_resolution": [size, size],
-        "normalization_mapping": modes,
+        "normalization_mapping": norm_map,
         "input_features": inputs,
         "output_features": outputs,
     }

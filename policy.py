@@ -29,11 +29,12 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, Ll
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig, SiglipVisionEmbeddings
 
 import checkpoints
-from checkpoints import EMBED, HEADS, LM_HEAD, PALIGEMMA, UserError
+from checkpoints import EMBED, HEADS, LM_HEAD, MODES, PALIGEMMA, UserError, affine, robot_dims
 
 # fmt: off
 VOCAB = 811  # of small_tokenizer
-PI05 = {"type": "pi05", "max_token_len": 200, "num_steps": 4}
+NORMAL = {"normalization": {"observation.state": "QUANTILES", "action": "QUANTILES"}, "convention": "rlco"}
+PI05 = {**NORMAL, "type": "pi05", "max_token_len": 200, "num_steps": 4, "prompt_state_dim": 0}
 TINY_GEMMA = {"depth": 3, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32, "hidden_act": "silu"}
 TINY_VIT = {"embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_hidden": 192}
 LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048}
@@ -55,7 +56,7 @@ PRESETS = {
         "action_expert": {"width": 1024, "depth": 18, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 1,
                           "head_dim": 256}, "value_hidden": [512, 256, 128]},
     "tiny-openvla": {
-        "type": "openvla", "predict_stop_token": False, "temperature": 1.0, "eval_temperature": 0.6,
+        **NORMAL, "type": "openvla", "predict_stop_token": False, "temperature": 1.0, "eval_temperature": 0.6,
         "value_hidden": [128, 64],
         "action_dim": 7, "action_horizon": 4, "chunk": 4, "image_size": 64, "patch_size": 8,
         "real_vocab_size": VOCAB + 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "empty_token_id": 261,
@@ -64,8 +65,8 @@ PRESETS = {
                 "intermediate_size": 256, "vocab_size": VOCAB + 320}},
     # Published OpenVLA-7B, which acts greedily; the value head is RL4VLA's, whose temperature of evaluation is 0.6.
     "openvla-7b": {
-        "type": "openvla", "predict_stop_token": True, "temperature": 1.0, "eval_temperature": 0.0,
-        "value_hidden": [512, 128],
+        **NORMAL, "convention": "openvla", "type": "openvla", "predict_stop_token": True, "temperature": 1.0,
+        "eval_temperature": 0.0, "value_hidden": [512, 128],
         "action_dim": 7, "action_horizon": 1, "chunk": 1, "image_size": 224, "patch_size": 14,
         "real_vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000, "empty_token_id": 29871,
         "dino": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096, "reg_tokens": 4},
@@ -117,21 +118,33 @@ def concat_obs(batches: list[dict]) -> dict:
     return {key: join(key) for key in batches[0]}
 
 
-def normalize(x: torch.Tensor, stats: dict, eps: float = 1e-6) -> torch.Tensor:
-    """[...,D] physical -> [-1,1] between q01 and q99, not clipped (openpi); a dimension with zero range gives 0."""
-    low, high = x.new_tensor(stats["q01"]), x.new_tensor(stats["q99"])
-    if len(low) != x.shape[-1]:
+def normalize(
+    x: torch.Tensor, stats: dict, mode: str = "QUANTILES", convention: str = "rlco", eps: float | None = None
+) -> torch.Tensor:
+    """[...,D] physical -> [-1,1] between q01 and q99, not clipped; other modes and projects as `affine` says. Where the
+    statistics are of an x that was padded with zeros to more dimensions, so is x."""
+    if mode == "IDENTITY":
+        return x
+    to = affine(stats, mode, convention, eps, x.dtype)
+    more = len(to.offset) - x.shape[-1]
+    if more and (more < 0 or robot_dims(stats) > x.shape[-1]):
         raise UserError(
-            f"the policy's statistics are of {len(low)} dimensions, the data has {x.shape[-1]}: fine-tune it on this "
-            "robot's demonstrations first (train_sft.py)"
+            f"the policy's statistics are of {robot_dims(stats)} dimensions, the data has {x.shape[-1]}: fine-tune it "
+            "on this robot's demonstrations first (train_sft.py)"
         )
-    return torch.where(high > low, (x - low) / (high - low + eps) * 2 - 1, 0)
+    y = (F.pad(x, (0, more)) - to.offset.to(x.device)) / to.scale.to(x.device) + to.shift
+    return torch.where(to.still.to(x.device), 0, y)
 
 
-def unnormalize(y: torch.Tensor, stats: dict, eps: float = 1e-6) -> torch.Tensor:
-    """Inverse of `normalize`; a dimension with zero range gives q01."""
-    low, high = y.new_tensor(stats["q01"]), y.new_tensor(stats["q99"])
-    return torch.where(high > low, (y + 1) / 2 * (high - low + eps) + low, low)
+def unnormalize(
+    y: torch.Tensor, stats: dict, mode: str = "QUANTILES", convention: str = "rlco", eps: float | None = None
+) -> torch.Tensor:
+    """Inverse of `normalize`, for y [...,D] of the first D dimensions; one without range gives q01."""
+    if mode == "IDENTITY":
+        return y
+    to = affine(stats, mode, convention, eps, y.dtype)
+    offset, scale, still = (part[: y.shape[-1]].to(y.device) for part in (to.offset, to.scale, to.still))
+    return torch.where(still, offset, (y - to.shift) * scale + offset)
 
 
 def resize(image: torch.Tensor, size: int, pad: bool, how: Image.Resampling) -> torch.Tensor:
@@ -302,15 +315,16 @@ class Policy(nn.Module, ABC):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def stat(self, key: str) -> dict:
-        """Statistics of "action" or "observation.state", or UserError."""
+    def stat(self, key: str) -> tuple[dict, str, str]:
+        """Statistics of "action" or "observation.state", and how they normalise, for `normalize`; or UserError."""
         stats = (self.stats or {}).get(key, {})
-        if "q01" not in stats:
+        mode = self.config["normalization"][key]
+        if not set(MODES[mode]) <= stats.keys():
             sets = sorted(self.config.get("norm_stats") or {})
             choice = f", or unnorm_key= one of {sets}" if sets else ""
-            problem = f"this policy has no statistics of {key}"
+            problem = f"this policy has no statistics of {key} ({', '.join(MODES[mode])})"
             raise UserError(f"{problem}: give load_policy(stats=...) the training data's{choice}")
-        return stats
+        return stats, mode, self.config["convention"]
 
     def encode_text(self, texts: list[str]) -> list[list[int]]:
         if self.tokenizer is None:
@@ -617,7 +631,8 @@ class Pi05(Policy):
 
     def tokens(self, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt token ids and validity [B,T]."""
-        state = normalize(obs["state"].float().cpu(), self.stat("observation.state")).numpy()
+        state = normalize(obs["state"].float().cpu(), *self.stat("observation.state"))
+        state = F.pad(state, (0, max(0, self.config["prompt_state_dim"] - state.shape[1]))).numpy()
         texts = [pi05_prompt(p, s) for p, s in zip(obs["prompt"], state)]
         rows = [[2, *ids][: self.config["max_token_len"]] for ids in self.encode_text(texts)]  # PaliGemma's BOS
         return pad_tokens(rows, "right", 0, self.device)
@@ -649,7 +664,7 @@ class Pi05(Policy):
     def sft_loss(self, batch: dict, reduce: bool = True) -> torch.Tensor:
         """Flow-matching MSE (pi0.5 eq. 1), the mean over the unpadded steps, all action dimensions and `loss_draws`
         (time, noise) draws that share one prefix."""
-        action = normalize(batch["action"].float().to(self.device), self.stat("action"))
+        action = normalize(batch["action"].float().to(self.device), *self.stat("action"))
         action = F.pad(action, (0, self.action_dim - action.shape[-1]))[:, None]
         B, K = len(action), self.config["loss_draws"]
         noise = torch.randn(B, K, *action.shape[2:], device=self.device)
@@ -666,8 +681,7 @@ class Pi05(Policy):
     @property
     def moving_dims(self) -> list[int]:
         """Action dimensions that the data moves. Exploring the others would change nothing but the gradient's noise."""
-        stats = self.stat("action")
-        return [i for i, (low, high) in enumerate(zip(stats["q01"], stats["q99"])) if high > low]
+        return affine(*self.stat("action")).moves.nonzero()[:, 0].tolist()
 
     def explored(self, x: torch.Tensor) -> torch.Tensor:
         """The part of [...,H,D] that is executed and moves something; only it is explored and scored."""
@@ -716,14 +730,14 @@ class Pi05(Policy):
     @torch.no_grad()
     def act(self, obs: dict, sample: bool) -> Decision:
         prefix = self.encode_prefix(obs, feature=True)
-        stats = self.stat("action")
         noise = torch.randn(len(prefix.feature), self.horizon, self.action_dim, device=self.device)
         chain = self.denoise(noise, prefix, self.num_steps, sample)
         value = self.value_head(prefix.feature).squeeze(-1)
         # Not summed up while denoising: one batched pass, as in `evaluate`, rounds differently from single steps.
         logprob = self.chain_logprob(chain, prefix)[0] if sample else torch.zeros_like(value)
-        actions = chain[:, -1, : self.chunk, : len(stats["q01"])]
-        return Decision(unnormalize(actions, stats), chain, logprob, value)
+        stats = self.stat("action")
+        actions = chain[:, -1, : self.chunk, : robot_dims(stats[0])]
+        return Decision(unnormalize(actions, *stats), chain, logprob, value)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:
@@ -898,13 +912,13 @@ class OpenVLA(Policy):
 
     def normalised_dims(self, actions: torch.Tensor) -> torch.Tensor:
         """[7] True where statistics normalise; not the gripper of published ones, 0 closed .. 1 open there."""
-        return torch.tensor(self.stat("action").get("mask", [True] * actions.shape[-1]), device=actions.device)
+        return torch.tensor(self.stat("action")[0].get("mask", [True] * actions.shape[-1]), device=actions.device)
 
     def sft_loss(self, batch: dict, reduce: bool = True) -> torch.Tensor:
         """Token cross-entropy over the whole vocabulary, the mean over the unpadded actions' tokens (and the end token
         of published models)."""
         action = batch["action"].float().to(self.device)
-        normalised = normalize(action, self.stat("action"), 1e-8)
+        normalised = normalize(action, *self.stat("action"), eps=1e-8)
         action = torch.where(self.normalised_dims(action), normalised, (action + 1) / 2)
         keep = ~batch["action_is_pad"].to(self.device).repeat_interleave(self.tokens_per_action, 1)
         return self.token_loss(batch, self.to_tokens(action).flatten(1), keep, reduce)
@@ -947,7 +961,7 @@ class OpenVLA(Policy):
             logprob, _, value = self.evaluate(obs, tokens)
         raw = self.to_actions(tokens).unflatten(1, (self.chunk, -1))
         gripper = (raw > 0.5).to(raw) * 2 - 1
-        actions = torch.where(self.normalised_dims(raw), unnormalize(raw, self.stat("action"), 0), gripper)
+        actions = torch.where(self.normalised_dims(raw), unnormalize(raw, *self.stat("action"), eps=0), gripper)
         return Decision(actions.float(), tokens, logprob, value)
 
     @torch.no_grad()

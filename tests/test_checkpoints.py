@@ -323,8 +323,113 @@ def test_lerobot_folder(tmp_path):
                 assert load_file(tmp_path / step["state_file"])["action.mean"].tolist() == [0.5] * 7
     (tmp_path / "stats.json").unlink()
     stats = P.load_policy(tmp_path).stats
-    for feature in ("action", "observation.state"):
-        np.testing.assert_allclose(stats[feature]["q99"], policy.stats[feature]["q99"], rtol=1e-6)
+    for feature in ("action", "observation.state"):  # lerobot adds no 1e-6 to the range, so the file does
+        np.testing.assert_allclose(stats[feature]["q99"], policy.stats[feature]["q99"], atol=2e-6)
+
+
+def lerobot_made(folder, version, modes=None):
+    """A folder as lerobot writes it: no file of ours in it, and the fields of its `version` in config.json. Both have
+    an empty configuration of the step that writes the state into the prompt."""
+    policy = make("tiny-pi05")
+    for kinds in policy.stats.values():
+        kinds |= {"mean": [0.01] * 7, "std": [0.05] * 7, "min": [-0.5] * 7, "max": [0.5] * 7}
+    policy.save(folder, layout="lerobot")
+    for name in ("rlco.json", "stats.json", "heads.safetensors"):
+        (folder / name).unlink()
+    config = json.loads((folder / "config.json").read_text())
+    own = {key: policy.config[key] for key in ("vision", "vlm", "action_expert")}  # in its code, as published
+    config |= own | ({"use_relative_actions": False} if version == "0.6.1" else {})
+    config["normalization_mapping"] |= modes or {}
+    for name in ("preprocessor", "postprocessor"):
+        pipeline = json.loads((folder / f"policy_{name}.json").read_text())
+        for step in pipeline["steps"]:
+            if "norm_map" in step["config"]:
+                step["config"]["norm_map"] |= modes or {}
+            if step["registry_name"] == "pi05_prepare_state_tokenizer_processor_step":
+                assert step["config"] == {"max_state_dim": 7}  # which every lerobot from 0.4 on reads as 7 numbers
+                step["config"] = {}
+        C.write_file(folder / f"policy_{name}.json", pipeline)
+    C.write_file(folder / "config.json", config)
+    return policy
+
+
+def prompts(policy, obs):
+    ids, mask = policy.tokens(obs)
+    return [policy.tokenizer.decode(row[m].tolist()[1:], skip_special_tokens=False) for row, m in zip(ids, mask)]
+
+
+@pytest.mark.parametrize("version, numbers", [("0.4.4", 32), ("0.6.1", 7)])
+def test_a_prompt_is_padded_as_the_lerobot_that_trained_it_does(version, numbers, tmp_path, capsys):
+    """Up to 0.4.4 lerobot pads the normalised state with zeros: "0 166 255 128 128 ..." (its own step's output)."""
+    policy = lerobot_made(tmp_path / version, version)
+    obs = {**make_obs(policy, [PROMPT]), "state": torch.tensor([[-0.05, 0.005, 0.25, 0, 0, 0, 0.0]])}
+    for folder in ("saved", "again"):  # and so it stays
+        loaded = P.load_policy(tmp_path / version)
+        (text,) = prompts(loaded, obs)
+        state = text.split("State: ")[1].split(";")[0].split()
+        assert state[:3] == ["0", "166", "255"] and state[7:] == ["128"] * (numbers - 7)
+        assert loaded.config["convention"] == "lerobot"
+        loaded.save(tmp_path / folder)
+        loaded.save(tmp_path / folder / "lerobot", layout="lerobot")
+        assert prompts(P.load_policy(tmp_path / folder), obs) == [text]
+        for name in ("rlco.json", "stats.json"):
+            (tmp_path / folder / "lerobot" / name).unlink()
+        step = json.loads((tmp_path / folder / "lerobot/policy_preprocessor.json").read_text())["steps"][3]
+        assert step["config"] == {"max_state_dim": numbers}
+    said = capsys.readouterr().err
+    assert ("does not say which lerobot trained it" in said) == ("newer do not" in said) == (numbers == 32)
+    assert len(said.splitlines()) == (3 if numbers == 32 else 0)
+    if numbers == 32:
+        with pytest.raises(UserError, match="openpi cannot write the 32 numbers of state"):
+            loaded.save(tmp_path / "openpi", layout="openpi")
+
+
+@pytest.mark.parametrize("state", ["QUANTILES", "MEAN_STD", "MIN_MAX", "IDENTITY"])
+@torch.no_grad()
+def test_normalisation_is_the_checkpoints(state, tmp_path):
+    """State and action apart, in and out: what lerobot's pipelines say, not what config.json says beside them."""
+    action = {"QUANTILES": "MEAN_STD", "MEAN_STD": "IDENTITY"}.get(state, "QUANTILES")
+    policy = lerobot_made(tmp_path / "in", "0.6.1", {"STATE": state, "ACTION": action})
+    loaded = P.load_policy(tmp_path / "in")
+    assert loaded.config["normalization"] == {"observation.state": state, "action": action}
+    obs = make_obs(policy, MIXED)
+    kinds = {key: {k: torch.tensor(v) for k, v in value.items()} for key, value in policy.stats.items()}
+
+    def bounds(key, mode):  # lerobot's quantiles have no 1e-6, which these have in the file
+        if mode == "MEAN_STD":
+            return kinds[key]["mean"] - kinds[key]["std"], 2 * kinds[key]["std"]
+        if mode == "MIN_MAX":
+            return kinds[key]["min"], kinds[key]["max"] - kinds[key]["min"]
+        if mode == "IDENTITY":
+            return torch.tensor(-1.0), torch.tensor(2.0)
+        return kinds[key]["q01"], kinds[key]["q99"] - kinds[key]["q01"] + 1e-6
+
+    low, width = bounds("observation.state", state)
+    expected = ((obs["state"] - low) / width * 2 - 1).numpy()
+    assert prompts(loaded, obs) == [P.pi05_prompt(p, s) for p, s in zip(MIXED, expected)]
+    torch.manual_seed(1)
+    decision = loaded.act(obs, sample=False)
+    low, width = bounds("action", action)
+    torch.testing.assert_close(decision.actions, (decision.latent[:, -1] + 1) / 2 * width + low, rtol=1e-4, atol=1e-6)
+    loaded.save(tmp_path / "own")
+    P.load_policy(tmp_path / "own").save(tmp_path / "out", layout="lerobot")
+    (tmp_path / "out/rlco.json").unlink()
+    written = json.loads((tmp_path / "out/config.json").read_text())["normalization_mapping"]
+    assert written == {"VISUAL": "IDENTITY", "STATE": state, "ACTION": action}
+    P.load_policy(tmp_path / "own").save(tmp_path / "openpi", layout="openpi")
+    (tmp_path / "openpi/stats.json").unlink()  # as its own code sees it: by quantiles
+    sizes = {key: loaded.config[key] for key in ("vision", "vlm", "action_expert", "action_dim", "action_horizon")}
+    C.write_file(tmp_path / "openpi/config.json", sizes)
+    theirs = P.load_policy(tmp_path / "openpi")
+    assert theirs.config["convention"] == "openpi" and prompts(theirs, obs) == prompts(loaded, obs)
+    torch.manual_seed(1)
+    torch.testing.assert_close(theirs.act(obs, sample=False).actions, decision.actions, rtol=1e-4, atol=2e-6)
+
+
+def test_an_unknown_normalisation_is_refused(tmp_path):
+    lerobot_made(tmp_path, "0.6.1", {"ACTION": "QUANTILE5"})
+    with pytest.raises(UserError, match="normalises its action by QUANTILE5, of which nothing is known here but QUANT"):
+        P.load_policy(tmp_path)
 
 
 def test_published_configs(tmp_path):

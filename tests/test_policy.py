@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import policy as P
-from checkpoints import HEADS, UserError
+from checkpoints import HEADS, UserError, restate
 
 DATA = Path(__file__).parent / "data"
 PROMPT = "push the cube to the target"
@@ -131,8 +131,9 @@ def test_pi05_prompt():
 def test_pi05_normalisation_and_resize():
     pre = golden("pi05/golden_preproc.npz")
     stats = {"q01": pre["norm_q01"].tolist(), "q99": pre["norm_q99"].tolist()}
-    # the last dimension has no range; openpi divides by 1e-6 there, here it is 0
+    # the last dimension has no range; openpi divides by 1e-6 there, in policies from here it is 0
     torch.testing.assert_close(P.normalize(pre["norm_x"], stats)[:, :3], pre["norm_y"][:, :3])
+    torch.testing.assert_close(P.normalize(pre["norm_x"], stats, convention="openpi"), pre["norm_y"])
     torch.testing.assert_close(
         P.unnormalize(pre["unnorm_in"][:, :4], stats), pre["unnorm_out"][:, :4], rtol=0, atol=2e-6
     )
@@ -142,6 +143,53 @@ def test_pi05_normalisation_and_resize():
     for i in range(3):
         resized = P.resize(pre[f"resize{i}_in_u8_hwc"][None], 56, True, P.Image.Resampling.BILINEAR)
         assert torch.equal(resized[0], pre[f"resize{i}_pil_u8_hwc"])
+
+
+# Made by lerobot 0.4.4's NormalizerProcessorStep of X and its UnnormalizerProcessorStep of Y, with KINDS.
+# fmt: off
+KINDS = {"q01": [-0.5, 0.25, 0.3], "q99": [1.5, 0.25, 0.3], "q10": [-0.25, 0.25, 0.3], "q90": [0.75, 0.25, 0.3],
+         "min": [-1.0, 0.25, 0.3], "max": [2.0, 0.25, 0.3], "mean": [0.4, 0.25, 0.3], "std": [0.5, 0.0, 0.0]}
+X = [[0.1, 0.25, 0.3], [-2.0, 0.25, 0.3]]
+Y = [[0.1, 0.5, -0.5], [-2.0, 0.0, 1.0]]
+LEROBOT = {
+    "QUANTILES": ([[-0.4, -1, -1], [-2.5, -1, -1]], [[0.6, 0.25, 0.3], [-1.5, 0.25, 0.3]]),
+    "QUANTILE10": ([[-0.3, -1, -1], [-4.5, -1, -1]], [[0.3, 0.25, 0.3], [-0.75, 0.25, 0.3]]),
+    "MIN_MAX": ([[-0.26666665, -1, -1], [-1.6666667, -1, -1]], [[0.65, 0.25, 0.3], [-2.5, 0.25, 0.3]]),
+    "MEAN_STD": ([[-0.6, 0, 0], [-4.8, 0, 0]], [[0.45, 0.25, 0.3], [-0.6, 0.25, 0.3]]),
+    "IDENTITY": (X, Y)}
+# fmt: on
+
+
+@pytest.mark.parametrize("mode", LEROBOT)
+def test_normalisation_as_lerobot_has_it(mode):
+    normalised, physical = map(torch.tensor, LEROBOT[mode])
+    torch.testing.assert_close(P.normalize(torch.tensor(X), KINDS, mode, "lerobot"), normalised.float())
+    torch.testing.assert_close(P.unnormalize(torch.tensor(Y), KINDS, mode, "lerobot"), physical.float())
+    for target, eps in (("openpi", 1e-6), ("lerobot", 0)):  # as the other project's quantiles
+        said = restate(KINDS, mode, "lerobot", target, "action")
+        if mode == "IDENTITY":
+            said = {kind: said[kind][:1] * 3 for kind in ("q01", "q99")}
+        low, high = (np.array(said[kind]) for kind in ("q01", "q99"))
+        width = high - low + eps
+        width[width == 0] = 1e-8
+        np.testing.assert_allclose((np.array(Y) + 1) / 2 * width + low, physical, atol=1e-7)
+        if mode != "MEAN_STD":  # which divides by 1e-8 where nothing moves
+            np.testing.assert_allclose((np.array(X) - low) / width * 2 - 1, normalised, atol=1e-5)
+
+
+def test_where_nothing_moves():
+    """Zero range is 0 in a policy of ours and -1 in one of lerobot's or openpi's; OpenVLA looks at the minimum and the
+    maximum. What is saved for lerobot or openpi says the same numbers to a prompt."""
+    x = torch.tensor([[0.3, 0.3]])
+    kinds = {"q01": [0.3, 0.3], "q99": [0.3, 0.3], "min": [0.1, 0.3], "max": [0.3, 0.3]}
+    for convention, y in (("rlco", [0, 0]), ("openpi", [-1, -1]), ("lerobot", [-1, -1]), ("openvla", [-1, 0])):
+        assert P.normalize(x, kinds, "QUANTILES", convention).tolist() == [y], convention
+        torch.testing.assert_close(P.unnormalize(torch.tensor([[0.7, -0.2]]), kinds, "QUANTILES", convention), x)
+    for state in (0.3, 0.1, 0.9):  # ours is 0 whatever the state
+        for target in ("lerobot", "openpi"):
+            said = restate(kinds, "QUANTILES", "rlco", target, "observation.state")
+            y = P.normalize(torch.full((1, 2), state), said, "QUANTILES", target).numpy()
+            assert P.pi05_prompt("", y[0]) == P.pi05_prompt("", np.zeros(2))
 
 
 @torch.no_grad()
