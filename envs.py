@@ -21,7 +21,7 @@ import sys
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -178,6 +178,22 @@ def random_domain(seed: int) -> Domain:
         damping=np.sqrt(10 * stiffness) * rng.uniform(0.85, 1.2),
         action_delay=int(rng.integers(0, 3)),
     )
+
+
+def random_twin(seed: int) -> Domain:
+    """The twin, changed towards a random domain, at most half of the way: for RL in randomised twins."""
+    other = random_domain(seed)
+    share = np.random.default_rng((seed, 1)).uniform(0, 0.5)
+
+    def between(a, b):
+        if isinstance(a, tuple):
+            return tuple(between(x, y) for x, y in zip(a, b))
+        return a + share * (b - a)
+
+    mixed = {f.name: between(getattr(TWIN, f.name), getattr(other, f.name)) for f in fields(Domain) if f.name != "name"}
+    mixed["robot_color"] = tuple(round(c, 1) for c in mixed["robot_color"])  # few files, as above
+    mixed["action_delay"] = round(mixed["action_delay"])
+    return Domain(f"twin{seed}", **mixed)
 
 
 # What generalisation is tested on (the paper's spirit), never seen in training: another shape, size and colour; places
@@ -1138,7 +1154,7 @@ def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False, **kwa
 # ---- vectorised environment -------------------------------------------------------------------------------------
 
 
-def _worker(pipe, task, domain, num_envs, stride, kwargs):
+def _worker(pipe, task, domains, stride, kwargs):
     """Steps several environments in one process: a ManiSkill process takes half a GB, one more scene almost nothing."""
     torch.set_num_threads(1)
 
@@ -1148,10 +1164,10 @@ def _worker(pipe, task, domain, num_envs, stride, kwargs):
 
     try:
         worlds = []
-        for _ in range(num_envs):
+        for domain in domains:
             gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
             worlds.append(make(task, domain, **kwargs))
-        seeds = [0] * num_envs
+        seeds = [0] * len(worlds)
         while True:
             command, rows, auto_reset, video = pipe.recv()
             replies = []
@@ -1182,7 +1198,7 @@ def _worker(pipe, task, domain, num_envs, stride, kwargs):
 
 
 class VecEnv:
-    """Environments of one task and domain in worker processes, stepped a chunk at a time, reset by themselves.
+    """Environments of one task in worker processes, stepped a chunk at a time, reset by themselves.
 
     An observation is image uint8 [B,H,W,3], state float32 [B,7] (`proprioceptive_state`) and prompt, B strings; an
     action is that of `DeltaPoseController`. Every episode has a seed, which alone decides its initial state and its
@@ -1191,9 +1207,10 @@ class VecEnv:
     The processes start in the background, in some ten seconds; the first `reset` waits for them.
     """
 
-    def __init__(self, task: str, domain: Domain, num_envs: int = 32, workers: int | None = None, **kwargs):
-        """`workers`: processes, one a core by default. `kwargs` are those of `make`."""
+    def __init__(self, task: str, domain: Domain | list, num_envs: int = 32, workers: int | None = None, **kwargs):
+        """`domain`: of all, or each one's. `workers`: processes, one a core by default. `kwargs` are for `make`."""
         require_task(task)
+        domains = [domain] * num_envs if isinstance(domain, Domain) else domain
         workers = max(1, min(workers or len(os.sched_getaffinity(0)), num_envs))
         kwargs["render"] = find_renderer(kwargs.get("render", "auto"))  # tried once, and not by every process
         self.num_envs = num_envs
@@ -1205,7 +1222,7 @@ class VecEnv:
         context = mp.get_context("spawn")
         for rows in self.slices:
             pipe, child = context.Pipe()
-            arguments = (child, task, domain, len(rows), num_envs, kwargs)
+            arguments = (child, task, [domains[i] for i in rows], num_envs, kwargs)
             process = context.Process(target=_worker, args=arguments, daemon=True)
             process.start()
             child.close()

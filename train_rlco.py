@@ -59,6 +59,9 @@ class Args:
     """Rollouts, each followed by an update. More are worth it while success in the twin still rises."""
     num_envs: int = 128
     """Worlds, spread over the cores; each plays one episode or more an iteration. More make the gradient less noisy."""
+    randomize: bool = False
+    """Act in randomised twins, each changed towards a random domain of its own, for when RL learns what holds in the
+    twin alone. Validation stays in the twin."""
     update_epochs: int = 2
     """Passes over a rollout. More learn more from it, until the KL divergence stops them."""
     minibatch_size: int = 256
@@ -323,9 +326,11 @@ def main(args: Args):
 
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     writer = SummaryWriter(args.out / "tensorboard", purge_step=start)
-    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, render=args.render)
+    domains = [envs.random_twin(args.seed + i) if args.randomize else envs.TWIN for i in range(args.num_envs)]
+    training = envs.VecEnv(args.task, domains, args.num_envs, render=args.render)
+    twin = envs.VecEnv(args.task, envs.TWIN, args.eval_envs, render=args.render) if args.randomize else training
     target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, render=args.render)
-    decisions = math.ceil(twin.max_episode_steps / policy.chunk)  # a rollout holds the longest episode
+    decisions = math.ceil(training.max_episode_steps / policy.chunk)  # a rollout holds the longest episode
     print(
         f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "
         f"{sum(p.numel() for p in critic):,} of the critic train on {device}; {args.num_envs} x {decisions} decisions "
@@ -346,7 +351,7 @@ def main(args: Args):
 
         if iteration < args.iterations:
             began = time.time()
-            experience = rollout(policy, twin, envs.rl_seed(args.seed, iteration), decisions)
+            experience = rollout(policy, training, envs.rl_seed(args.seed, iteration), decisions)
             columns = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
             columns = [experience[key] for key in columns]
             experience["advantage"], experience["returns"] = gae(*columns, args.gamma, args.gae_lambda)
@@ -375,7 +380,7 @@ def main(args: Args):
         checkpoints.save_run(args.out, settings, **state, optimizer=optimizer.state_dict())
 
     plot_run(metrics, args.target, args.out / "learning_curve.png")
-    for opened in (bar, writer, twin, target):
+    for opened in (bar, writer, training, twin, target):
         opened.close()
     print(
         f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; curve in "

@@ -237,6 +237,23 @@ def test_vectorised_episodes_are_those_of_one_environment(twin):
         np.testing.assert_allclose(played["reward"], [r for _, _, r in expected], atol=1e-4)
 
 
+def test_each_world_may_have_a_domain_of_its_own(pair):
+    """In the order of the rows, over two workers; a randomised twin lies between the twin and a random domain."""
+    domains = [envs.TWIN, envs.STANDIN, envs.random_twin(5)]
+    world = envs.VecEnv("push_cube", domains, 3, 2)
+    image = world.reset(40)["image"]
+    world.close()
+    alone, _ = pair[0].reset(seed=[41], options=dict(reconfigure=True))
+    assert torch.equal(image[1], pair[0].observe(alone)["image"][0])
+    assert (image[2].float() - image[0].float()).abs().mean() > 1
+    for seed in range(30):
+        near, far = envs.random_twin(seed), envs.random_domain(seed)
+        assert near == envs.random_twin(seed) and near.action_delay <= 1
+        for key in ("camera_eye", "ambient", "object_color", "friction", "stiffness"):
+            twin, here, there = (np.array(getattr(domain, key)) for domain in (envs.TWIN, near, far))
+            assert (np.abs(here - twin) <= np.abs(there - twin) / 2 + 1e-9).all()
+
+
 def test_every_episode_gets_its_own_actions_however_early_others_end():
     class Counting(envs.VecEnv):
         """Episode `seed` shows its seed, ends after 1 + seed % 3 chunks, and wants its seed as its action."""

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import envs
 import train_rlco
 import train_sft
 from policy import HEADS, load_policy
@@ -212,6 +213,15 @@ def test_the_critic_warms_up_alone(stage_2, policy):
     assert {k for k in after if not torch.equal(before[k], after[k])} == {
         k for k in after if k.startswith("value_head")
     }
+
+
+def test_a_randomised_run_acts_in_many_twins_and_validates_in_one(stage_2, monkeypatch):
+    made = Mock(side_effect=Noise)
+    monkeypatch.setattr(train_rlco.envs, "VecEnv", made)
+    stage_2("tiny-pi05", randomize=True)
+    (_, training, _), (_, twin, _), (_, target, _) = (call.args for call in made.call_args_list)
+    assert len(set(training)) == 3 and envs.TWIN not in training
+    assert twin == envs.TWIN and target == envs.STANDIN
 
 
 @pytest.mark.parametrize("policy, train", [("tiny-pi05", "expert"), ("tiny-openvla", "llm"), ("tiny-openvla", "lora")])
