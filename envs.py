@@ -467,9 +467,9 @@ class TwinPanda(Panda):
 
     uid = "rlco_panda"
 
-    def __init__(self, scene, domain: Domain, full_meshes: bool):
+    def __init__(self, scene, domain: Domain, film: bool):
         self.domain = domain
-        if not full_meshes:
+        if not film:
             self.urdf_path = lowpoly_urdf(domain.robot_color)
         super().__init__(scene, CONTROL_HZ, initial_pose=sapien.Pose())
 
@@ -525,18 +525,19 @@ class TabletopEnv(BaseEnv):
         domain: Domain = TWIN,
         variation: str | None = None,
         image_size: int = IMAGE_SIZE,
-        full_meshes: bool = False,
+        film: bool = False,
         video_size: int = 256,
         render: str = "auto",
         **kwargs,
     ):
-        """`variation`: one of VARIATIONS. `full_meshes`: the robot as it looks, many times slower to render on a CPU.
+        """`variation`: one of VARIATIONS. `film`: for people: the robot as it looks, shadows, a camera
+        that sees it and the table; many times slower to render on a CPU. Physics and tasks are the same.
         `render`: where pictures are rendered, as `find_renderer` takes it.
         `kwargs` are ManiSkill's (num_envs, sim_backend, render_backend, ...)."""
         self.domain = domain
         self.variation = variation
         self.image_size = image_size  # pixels, of what policies see
-        self.full_meshes = full_meshes
+        self.film = film
         self.video_size = video_size  # pixels, of what people see
         defaults = dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None)
         defaults["render_backend"] = find_renderer(render)
@@ -558,14 +559,20 @@ class TabletopEnv(BaseEnv):
 
     @property
     def _default_human_render_camera_configs(self):
-        return [self._camera("video", self.video_size)]
+        camera = self._camera("video", self.video_size)
+        if self.film:
+            pose = sapien_utils.look_at((1.3, 0.78, 0.72), (0.31, 0.0, 0.22))
+            camera = replace(camera, pose=pose, width=self.video_size * 4 // 3, fov=0.68)
+        return [camera]
 
     def _load_lighting(self, options):
         self.scene.set_ambient_light(self.domain.ambient)
-        self.scene.add_directional_light(self.domain.light_direction, self.domain.light_color)
+        # 4096 pixels a shadow: with fewer, ripples of its own depth run over the table.
+        shadow = dict(shadow=self.film, shadow_scale=1.0, shadow_near=-3.0, shadow_far=3.0, shadow_map_size=4096)
+        self.scene.add_directional_light(self.domain.light_direction, self.domain.light_color, **shadow)
 
     def _load_agent(self, options):
-        self.agent = TwinPanda(self.scene, self.domain, self.full_meshes)
+        self.agent = TwinPanda(self.scene, self.domain, self.film)
 
     def _load_scene(self, options):
         colors = self.domain.table_colors
@@ -710,11 +717,33 @@ class TabletopEnv(BaseEnv):
         image = sensors["base_0_rgb"]["rgb"]
         return dict(image=image, state=self.proprioception(), prompt=[self.instruction] * self.num_envs)
 
-    def step_chunk(self, actions: Tensor, frames: list | None = None) -> tuple[Tensor, Tensor, Tensor, dict]:
+    def snapshot(self) -> Tensor:
+        """What moves, float32 [B,D]: joint positions of the arm and of what else has joints, poses of free objects.
+        With the episode's seed, that is all it takes to draw a moment of it."""
+        joints = [articulation.get_qpos() for articulation in self.scene.articulations.values()]
+        return torch.cat(joints + [thing.pose.raw_pose for thing in self._free_objects()], -1)
+
+    def show(self, snapshot: Tensor) -> None:
+        """Put everything where `snapshot` [B,D] has it, after a `reset` with the episode's seed. To draw it only."""
+        for articulation in self.scene.articulations.values():
+            n = articulation.max_dof
+            articulation.set_qpos(snapshot[:, :n])
+            snapshot = snapshot[:, n:]
+        for thing in self._free_objects():
+            thing.set_pose(Pose.create(snapshot[:, :7]))
+            snapshot = snapshot[:, 7:]
+
+    def _free_objects(self):
+        return [actor for actor in self.scene.actors.values() if actor.px_body_type == "dynamic"]
+
+    def step_chunk(
+        self, actions: Tensor, frames: list | None = None, snapshots: list | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, dict]:
         """Execute a chunk open loop and render once, at its end, when the caller asks with `observe()`.
 
         actions: float32 [B,C,7] -> reward [B] (sum over the chunk), terminated [B], truncated [B], info. An episode
-        that ends inside the chunk collects nothing more. `frames` is given a video frame [H,W,3] of each control step.
+        that ends inside the chunk collects nothing more. `frames` is given a video frame [H,W,3] of each control step,
+        `snapshots` a `snapshot` [D], both of the first environment.
         """
         total = torch.zeros(self.num_envs, device=self.device)
         terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
@@ -729,6 +758,8 @@ class TabletopEnv(BaseEnv):
             truncated |= running & ~info["success"] & (self._elapsed_steps >= self.max_episode_steps)
             if frames is not None:
                 frames.append(self.render_rgb_array()[0].cpu().numpy())
+            if snapshots is not None:
+                snapshots.append(self.snapshot()[0].cpu().numpy())
             if (terminated | truncated).all():
                 break
         return total, terminated, truncated, dict(info, success=terminated)
@@ -1179,7 +1210,8 @@ def _worker(pipe, task, domains, stride, kwargs):
                     replies.append(see(env, env.reset(seed=[row])[0]))
                 else:
                     frames = [] if video else None
-                    reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(row)[None], frames)
+                    snapshots = []
+                    reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(row)[None], frames, snapshots)
                     length = int(env.elapsed_steps[0])  # before a reset
                     ended = terminated or truncated
                     final = see(env) if truncated and auto_reset else None  # success is not bootstrapped from
@@ -1187,7 +1219,9 @@ def _worker(pipe, task, domains, stride, kwargs):
                     if ended and auto_reset:
                         seeds[i] += stride
                         seen = see(env, env.reset(seed=[seeds[i]])[0])
-                    replies.append((seen, float(reward), bool(terminated), bool(truncated), length, final, frames))
+                    replies.append(
+                        (seen, float(reward), bool(terminated), bool(truncated), length, final, frames, snapshots)
+                    )
             pipe.send(replies)
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):  # the parent is gone
         pass
@@ -1270,7 +1304,7 @@ class VecEnv:
         the episode's length so far in control steps.
         """
         replies = self._exchange("step", dict(enumerate(np.asarray(actions, np.float32))))
-        seen, reward, terminated, truncated, length, final, _ = zip(*replies)
+        seen, reward, terminated, truncated, length, final, *_ = zip(*replies)
         final = [f for f in final if f is not None]
         info = dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None)
         return self._stack(seen), torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated), info
@@ -1280,16 +1314,17 @@ class VecEnv:
     ) -> dict:
         """Play the episodes `seeds` once each with `act(obs) -> actions [B,C,7]`; `progress` names the progress bar.
 
-        -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds, and with `video`
-        frames, a list [N] of lists of [H,W,3], one a control step. The same program plays them the same way every
-        time. In another order, or in another number of environments, a policy that samples draws other noise, and
-        PhysX solves contacts in another order.
+        -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds; snapshots, a list
+        [N] of lists of `TabletopEnv.snapshot` [D], one a control step; with `video` frames, the same of [H,W,3]. The
+        same program plays them the same way every time. In another order, or in another number of environments, a
+        policy that samples draws other noise, and PhysX solves contacts in another order.
         """
         n = len(seeds)
         success = np.zeros(n, bool)
         length = np.zeros(n, int)
         reward = np.zeros(n)
         frames = [[] for _ in seeds]
+        snapshots = [[] for _ in seeds]
         bar = tqdm(total=n, desc=progress, unit="episode", leave=False, disable=progress is None)
         with bar, torch.random.fork_rng():  # a policy that samples takes nothing from the caller's random numbers
             torch.manual_seed(seeds[0])
@@ -1300,14 +1335,15 @@ class VecEnv:
                     actions = np.asarray(act(self._stack([seen[i] for i in running])), np.float32)
                     replies = self._exchange("step", dict(zip(running, actions)), auto_reset=False, video=video)
                     for i in running:
-                        seen[i], gain, terminated, truncated, steps, _, filmed = replies[i]
+                        seen[i], gain, terminated, truncated, steps, _, filmed, recorded = replies[i]
                         success[first + i] = terminated
                         length[first + i] = steps
                         reward[first + i] += gain
                         frames[first + i] += filmed or []
+                        snapshots[first + i] += recorded
                         bar.update(terminated or truncated)
                     running = [i for i in running if seen[i] is not None]
-        return dict(success=success, length=length, reward=reward, frames=frames)
+        return dict(success=success, length=length, reward=reward, frames=frames, snapshots=snapshots)
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes):

@@ -11,6 +11,7 @@ disjoint from those of training, of the demonstrations and of the validation dur
 the same numbers.
 """
 
+import html
 import itertools
 import math
 import os
@@ -19,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +29,13 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 import envs
 from checkpoints import UserError, claim, one_line_errors, read_file, run_settings, write_file
+from data import worker_pool
 from machines import find_device
+from page import film, html_table, learning_curves, write_page
 from policy import Policy, load_policy
 from robot import Camera, Franka, Keyboard, Rig, Stopped, get_ready, play, show_overlay
 
@@ -211,11 +215,55 @@ def video_path(out: Path, policy: str, domain: str, seed: int, success: bool) ->
     return out / f"videos/{name}_{domain}_{seed}_{'success' if success else 'failure'}.mp4"
 
 
+def verdict(d: dict) -> str:
+    """A sentence on a pair from `differences`."""
+    better, worse, sign = (d["after"], d["before"], 1) if d["difference"] >= 0 else (d["before"], d["after"], -1)
+    low, high = sorted(sign * 100 * bound for bound in d["interval"])
+    points = f"{100 * abs(d['difference']):.0f} points [{low:.0f} to {high:.0f}]"
+    counts = f"{max(d['gained'], d['lost'])} starts against {min(d['gained'], d['lost'])}, {d['episodes']} in all"
+    clear = "clearly better than" if d["p"] < 0.05 else "not clearly better than"
+    return f"{heading(d['domain'])}: {better} is {clear} {worse}, by {points} ({counts}; p = {d['p']:.2g})"
+
+
+def write_evaluation(args: EvaluationArgs, what: str, results: list[dict], pairs: list[dict], ends: dict) -> None:
+    """OUT/index.html. `ends` is (success, length in control steps) by domain, checkpoint and seed, of all episodes;
+    those that have a video show it."""
+    domains = list(dict.fromkeys(r["domain"] for r in results))
+    names = list(dict.fromkeys(r["policy"] for r in results))
+    starts = []
+    for seed in dict.fromkeys(seed for _, _, seed in ends):
+        rows = []
+        for domain in domains:
+            cells = []
+            for name in names:
+                if (domain, name, seed) in ends:
+                    success, length = ends[domain, name, seed]
+                    video = video_path(args.out, name, domain, seed, success)
+                    text = f"{'success' if success else 'failure'} after {length} steps"
+                    if not success and length == envs.TASKS[args.task].max_episode_steps:
+                        text = f"failure, out of time ({length} steps)"
+                    video = str(video.relative_to(args.out)) if video.exists() else None
+                    cells.append(dict(name=name, text=text, success=bool(success), video=video))
+            if cells:
+                differ = len({cell["success"] for cell in cells}) > 1
+                rows.append(dict(group=heading(domain), differ=differ, cells=cells))
+        starts.append(dict(title=f"start {seed}", rows=rows))
+    head = [f"<p>{html.escape(verdict(d))}.</p>" for d in pairs]
+    head += [html_table(markdown) for markdown in report(results, pairs).split("\n\n")]
+    head.append(
+        '<p class="soft">Success rates with 95 % Wilson intervals and the mean length in control steps. Differences '
+        "are paired: all checkpoints play the same starts. Their intervals are Bonett and Price's, p is the exact "
+        "sign test's. The inset of a video is what the policy saw when it last decided.</p>"
+    )
+    charts = [one for name in names for one in learning_curves(Path(name).parent)]
+    write_page(args.out / "index.html", what, "".join(head), charts, starts, envs.CONTROL_HZ)
+
+
 # ------------------------------------------------------------------------------------------- in the twin and a stand-in
 @dataclass
 class StandinArgs(EvaluationArgs):
     """Evaluate checkpoints in the twin and in the stand-in: success rate with a 95 % Wilson interval, mean episode
-    length, videos."""
+    length, differences, and a page to look at, OUT/index.html."""
 
     target: str = "standin"
     """The domain of envs.py that is evaluated in beside the twin: the one that plays the real robot."""
@@ -223,9 +271,9 @@ class StandinArgs(EvaluationArgs):
     """Episodes for each checkpoint and domain, the same for all of them. 100 leave an interval of some 20 points."""
     num_envs: int = 32
     """Environments in parallel, spread over the cores. Another number may change single episodes of the same seeds."""
-    videos: int = 2
-    """Episodes of each kind, successes and failures, of each checkpoint, played once more and recorded (with other
-    noise, so that some end otherwise; their names say how). 0 records nothing."""
+    videos: int = 4
+    """Starts whose episodes are drawn for OUT/index.html, with every checkpoint in both domains: half of them where
+    checkpoints differ. A video takes some 10 seconds of a core. 0 draws nothing."""
     render: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the simulator renders: auto is the GPU if it can render a picture. cpu leaves a GPU's memory to the policy,
     and below some 500 worlds it is fast enough."""
@@ -261,6 +309,7 @@ def standin(args: StandinArgs) -> None:
 
     results = []
     outcomes = {domain: {} for domain in domains}
+    recorded = {}  # by domain and checkpoint, the states of each episode
     for domain in domains:
         for name, policy in policies.items():
             # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
@@ -269,43 +318,47 @@ def standin(args: StandinArgs) -> None:
                 played = world.play(greedy(policy), seeds, f"{name}, {domain}")
             success = played["success"].tolist()
             length = played["length"].tolist()
+            recorded[domain, name] = dict(zip(seeds, played["snapshots"]))
             cell = summary(name, domain, args.task, success, length)
             results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
             outcomes[domain][name] = dict(zip(seeds, success))
     pairs = differences(outcomes)
     write_file(args.out / "results.json", dict(results=results, differences=pairs, **repeat))
-    if args.videos:
-        record_videos(args, policies, seeds, results)
     what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
-    files = "results.json and videos" if args.videos else "results.json"
-    print(f"\n{report(results, pairs)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {files} in {args.out}")
+    print(f"\n{report(results, pairs)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {args.out}/results.json")
+    ends = {}
+    for r in results:
+        for seed, success, length in zip(seeds, r["success"], r["length"]):
+            ends[r["domain"], r["policy"], seed] = (success, length)
+    films = []
+    for seed in worth_seeing(outcomes[args.target], args.videos):
+        for (domain, name), by_seed in recorded.items():
+            path = video_path(args.out, name, domain, seed, outcomes[domain][name][seed])
+            episode = (seed, by_seed[seed], policies[name].chunk)
+            films.append((path, args.task, envs.DOMAINS[domain], args.variation, *episode, args.render))
+    write_evaluation(args, what, results, pairs, ends)  # the figures, if drawing is interrupted
+    if films:
+        draw_videos(films)
+        write_evaluation(args, what, results, pairs, ends)
+    print(f"the page to look at: {args.out}/index.html")
 
 
-def record_videos(args: StandinArgs, policies: dict[str, Policy], seeds: range, results: list[dict]) -> None:
-    """Successes and failures of every checkpoint in each domain, and the last one in all domains side by side."""
-    domains = list(dict.fromkeys(r["domain"] for r in results))
-    with ExitStack() as stack:
-        worlds = {}
-        for domain in domains:
-            world = make_world(args, domain)
-            worlds[domain] = stack.enter_context(closing(world))
-        for r in results:
-            successes = [seed for seed, success in zip(seeds, r["success"]) if success]
-            failures = [seed for seed, success in zip(seeds, r["success"]) if not success]
-            chosen = successes[: args.videos] + failures[: args.videos]
-            played = worlds[r["domain"]].play(greedy(policies[r["policy"]]), chosen, "videos", video=True)
-            for seed, success, frames in zip(chosen, played["success"], played["frames"]):
-                envs.write_video(video_path(args.out, r["policy"], r["domain"], seed, success), [frames])
+def worth_seeing(outcomes: dict[str, dict[int, bool]], n: int) -> list[int]:
+    """n starts to look at, from success by checkpoint and seed: half of them where the checkpoints differ, as far as
+    there are any, and the rest as they come."""
+    seeds = list(next(iter(outcomes.values())))
+    differ = [seed for seed in seeds if len({by_seed[seed] for by_seed in outcomes.values()}) > 1]
+    chosen = differ[: (n + 1) // 2]
+    others = [seed for seed in seeds if seed not in chosen]
+    return sorted(chosen + others[: n - len(chosen)])
 
-        # one episode after the other: each begins in all domains at once, when the longest before has ended
-        act = greedy(policies[args.policies[-1]])
-        columns = [world.play(act, seeds[:4], video=True)["frames"] for world in worlds.values()]
-        joined = [[] for _ in domains]
-        for episode in zip(*columns):
-            longest = max(len(frames) for frames in episode)
-            for column, frames in zip(joined, episode):
-                column.extend(frames + frames[-1:] * (longest + 5 - len(frames)))
-        envs.write_video(args.out / f"{'_and_'.join(domains)}.mp4", joined)
+
+def draw_videos(films: list[tuple]) -> None:
+    """Draw `page.film` of all these arguments, on all cores."""
+    cores = len(os.sched_getaffinity(0))
+    with worker_pool(min(cores, len(films))) as pool:
+        for _ in tqdm(pool.map(film, *zip(*films)), "videos", len(films), leave=False, unit="video"):
+            pass
 
 
 # -------------------------------------------------------------------------------------------------------- on a real arm
@@ -363,6 +416,13 @@ class Trials:
             if trial["policy"] in outcomes:
                 outcomes[trial["policy"]][trial["seed"]] = trial["success"]
         return differences(dict(franka=outcomes))
+
+    def write_page(self) -> None:
+        """OUT/index.html."""
+        ends = {}
+        for trial in self.saved["trials"]:
+            ends["franka", trial["policy"], trial["seed"]] = (trial["success"], trial["steps"])
+        write_evaluation(self.args, f"{self.args.task}, on the arm", self.results(), self.differences(), ends)
 
     def standing(self) -> str:
         """What is known so far of each two checkpoints, and whether more trials are needed to tell which is better."""
@@ -433,7 +493,9 @@ def franka(args: FrankaArgs) -> None:
     attempts = f"{len(trials.saved['void'])} attempts were stopped or aborted and do not count"
     speed = f"{late} of {decisions} decisions were late"
     tables = report(trials.results(), trials.differences())
-    print(f"\n{tables}\n\n{args.task}; {attempts}; {speed}; {trials.path}, videos beside it")
+    trials.write_page()
+    print(f"\n{tables}\n\n{args.task}; {attempts}; {speed}; {trials.path}")
+    print(f"the page to look at: {args.out}/index.html")
 
 
 def what_trials_show(n: int) -> str:

@@ -12,7 +12,7 @@ FLOORS = (  # from the ground up; rooms of one floor do not import each other
     "machines",
     "envs policy",
     "data",
-    "robot",
+    "page robot",
     "train_sft train_rlco eval_real",
     "results.experiment results.bench results.simulator results.trust",
 )
@@ -52,7 +52,7 @@ def test_an_import_points_down(room):
         assert not {module.split(".")[0] for module in modules} & {"sapien", "mani_skill"}
 
 
-@pytest.mark.parametrize("room", ["checkpoints", "machines", "envs", "policy", "data", "robot"])
+@pytest.mark.parametrize("room", ["checkpoints", "machines", "envs", "policy", "data", "page", "robot"])
 def test_a_library_never_ends_the_process(room):
     """A notebook that imports it survives every mistake."""
     named = {ast.unparse(node) for node in ast.walk(parsed(room)) if isinstance(node, (ast.Name, ast.Attribute))}

@@ -86,10 +86,8 @@ def test_evaluation_repeats_itself(folder):
         (p, d) for d in ("twin", "standin") for p in ("runs/sft/best", "runs/rlco/best")
     ]
     assert all(len(r["success"]) == 3 for r in first["results"])
-    assert (
-        len(list((folder / "runs/eval/videos").glob("*.mp4"))) >= 4
-        and (folder / "runs/eval/twin_and_standin.mp4").exists()
-    )
+    assert len(list((folder / "runs/eval/videos").glob("*.mp4"))) == 4  # of one start, and the page shows them
+    assert (folder / "runs/eval/index.html").read_text().count(".mp4") == 4
     output = run(folder, *"eval_real.py standin --episodes 3 --num-envs 1 --videos 0 --out again".split())
     again = json.loads((folder / "again/results.json").read_text())
     assert first["results"] == again["results"] and first["weights"] == again["weights"]
