@@ -4,6 +4,7 @@
     python data.py collect --num-twin 1000 --workers 8      # more of them, on more cores
     python data.py collect --domains 600                    # all tasks in random domains, to pretrain on
     python data.py record --robot-ip 172.16.0.2             # demonstrations on a real Franka, by keyboard or by hand
+    python data.py show demos/push_cube-standin             # a page to look at any dataset, before training on it
 
 A dataset is a folder in LeRobot's format: v3.0 is written, v2.1 and v3.0 are read, so it may as well come from a real
 robot or from the Hub. State and action have 7 dimensions; units and frames are those of envs.py.
@@ -1326,12 +1327,15 @@ def collect(args: CollectArgs) -> None:
 
 
 if __name__ == "__main__":
-    import robot  # here and not above: robot.py stands on this file
+    import page  # here and not above: these stand on this file
+    import robot
 
-    commands = {"collect": CollectArgs, "record": robot.RecordArgs}
+    commands = {"collect": CollectArgs, "record": robot.RecordArgs, "show": page.ShowArgs}
     args = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
     one_line_errors(args.debug)
     if isinstance(args, CollectArgs):
         collect(args)
+    elif isinstance(args, page.ShowArgs):
+        page.show(args)
     else:
         robot.record(args)

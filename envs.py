@@ -1352,15 +1352,16 @@ class VecEnv:
             process.kill()
 
 
-def write_video(path: Path, columns: list[list[np.ndarray]]) -> None:
-    """H.264 video of lists of frames [H,W,3], side by side; the shorter ones hold their last frame."""
+def write_video(path: Path, columns: list[list[np.ndarray]], fps: int = CONTROL_HZ) -> None:
+    """H.264 video of lists of frames [H,W,3], even in height and width, side by side; the shorter ones hold their last
+    frame."""
     height, width, _ = np.concatenate([frames[0] for frames in columns], 1).shape
     with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as video:
-        stream = video.add_stream("libx264", rate=CONTROL_HZ, options={"crf": "20"})
+        stream = video.add_stream("libx264", rate=fps, options={"crf": "20"})
         stream.height = height
         stream.width = width
         stream.pix_fmt = "yuv420p"
-        for t in range(max(map(len, columns)) + CONTROL_HZ):  # one second on the end
+        for t in range(max(map(len, columns)) + fps):  # one second on the end
             frame = np.concatenate([frames[min(t, len(frames) - 1)] for frames in columns], 1)
             video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         video.mux(stream.encode())

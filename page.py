@@ -1,21 +1,25 @@
 """Pages for people: one HTML file with tables, curves and a wall of videos, opened without a server or a network.
 
-`write_page` fills page.html, in this folder, for evaluations (eval_real.py) and for datasets; `film` draws an episode
-that was played from its recorded states, with the robot as it looks.
+`write_page` fills page.html, in this folder, for evaluations (eval_real.py) and for datasets (`python data.py show`);
+`film` draws an episode that was played from its recorded states, with the robot as it looks.
 """
 
 import html
 import json
 import re
+from collections import Counter
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
+from tqdm import tqdm
 
-from checkpoints import write_file
-
-# envs.py is imported in the functions that draw: whoever looks at a dataset needs no simulator.
+import data
+import envs
+from checkpoints import UserError, write_file
 
 
 def write_page(path: Path, title: str, head: str, charts: list[dict], starts: list[dict], fps: float = 10) -> None:
@@ -77,17 +81,22 @@ def learning_curves(run: Path) -> list[dict]:
 
 @cache  # a process that draws keeps its scenes: making one takes seconds
 def _scenes(task, domain, variation, render):
-    import envs
-
     kwargs = dict(variation=variation, render=render, video_size=360)
     return [envs.make(task, domain, film=film, **kwargs) for film in (False, True)]
 
 
-def film(path: Path, task: str, domain, variation: str | None, seed: int, snapshots: list, chunk: int, render="auto"):
+def film(
+    path: Path,
+    task: str,
+    domain: envs.Domain,
+    variation: str | None,
+    seed: int,
+    snapshots: list,
+    chunk: int,
+    render="auto",
+):
     """Draw a video of an episode that was played: `snapshots` of its control steps, from `envs.VecEnv.play`. Inset is
     what the policy saw when it last decided, which it did every `chunk` control steps."""
-    import envs
-
     seen, shown = _scenes(task, domain, variation, render)
     observation = seen.observe(seen.reset(seed=[seed])[0])
     shown.reset(seed=[seed])
@@ -105,3 +114,78 @@ def film(path: Path, task: str, domain, variation: str | None, seed: int, snapsh
         frame[10:138, 10:138] = inset.permute(1, 2, 0).cpu().numpy()
         frames.append(frame)
     envs.write_video(path, [frames])
+
+
+# ---- datasets ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShowArgs:
+    """Write a page to look at a dataset before training on it: its episodes as videos with the curves of state and
+    action, prompts, ranges, dimensions that never move. Any dataset that training reads: own, lerobot's, the Hub's."""
+
+    dataset: tyro.conf.Positional[str]
+    """The dataset: a folder, or a name on the Hub."""
+    episodes: int = 50
+    """Episodes that are shown, evenly spread over the dataset. Ranges and prompts are those of all."""
+    camera: str | None = None
+    """The camera to show where there are several: its key, or the end of it."""
+    out: Path | None = None
+    """Folder of the page, index.html (default: runs/show/ and the dataset's name)."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
+
+
+def show(args: ShowArgs) -> None:
+    """Write OUT/index.html and its videos."""
+    if args.episodes < 1:
+        raise UserError("--episodes is at least 1")
+    dataset = data.load_dataset(args.dataset, max_bytes=0, camera=args.camera)
+    out = args.out or Path("runs/show", Path(args.dataset).name)
+    found = len(dataset.bounds) - 1
+    fps = round(dataset.fps)
+    height, width, _ = dataset.image_shape
+    ranges = {}
+    for kind, rows in (("state", dataset.state), ("action", dataset.action)):
+        ranges[kind] = (rows.min(0), np.maximum(np.ptp(rows, axis=0), 1e-9))
+    starts = []
+    for e in tqdm(np.linspace(0, found - 1, min(found, args.episodes)).astype(int), "videos", unit="episode"):
+        rows = np.arange(dataset.bounds[e], dataset.bounds[e + 1])
+        frames = dataset.frames[rows][:, : height // 2 * 2, : width // 2 * 2]  # H.264 wants even numbers
+        envs.write_video(out / f"videos/{e}.mp4", [frames], fps)
+        charts = []
+        for kind, values in (("state", dataset.state[rows]), ("action", dataset.action[rows])):
+            low, extent = ranges[kind]
+            lines = dict(zip(data.DIMS, ((values - low) / extent).T))
+            charts.append(chart(f"{kind}, each over its range in the dataset", "control step", lines, (0, 1)))
+        prompt = dataset.prompt[rows[0]]
+        cell = dict(name=f"{len(rows)} steps", text=f"{len(rows) / dataset.fps:.1f} s", success=None)
+        cell |= dict(video=f"videos/{e}.mp4", charts=charts)
+        starts.append(dict(title=f"episode {e}", rows=[dict(group=prompt, differ=False, cells=[cell])]))
+    write_page(out / "index.html", f"{args.dataset}: {found} episodes", describe(dataset), [], starts, fps)
+    print(f"{data.still_dims(dataset) or 'every dimension moves'}\nthe page to look at: {out}/index.html")
+
+
+def describe(dataset: data.Demonstrations) -> str:
+    """HTML: size, prompts, what never moves, the range of every dimension."""
+    lengths = np.diff(dataset.bounds)
+    height, width, _ = dataset.image_shape
+    size = (
+        f"{len(lengths)} episodes of {lengths.min()} to {lengths.max()} steps, {np.median(lengths):.0f} in the median"
+    )
+    size += f"; {len(dataset)} frames at {dataset.fps:g} Hz, {len(dataset) / dataset.fps / 60:.1f} minutes"
+    lines = [f"{size}; pictures of {height} x {width} pixels", data.still_dims(dataset) or "every dimension moves"]
+    counts = Counter(dataset.prompt[dataset.bounds[:-1]])
+    lines += [f"{count} episodes: “{prompt}”" for prompt, count in counts.most_common()]
+    cells = {}
+    for kind, rows in (("state", dataset.state), ("action", dataset.action)):
+        for name, column in zip(data.DIMS, rows.T):
+            still = " (never moves)" if np.ptp(column) <= data.STILL else ""
+            spread = f"{column.min():.4g} … {column.max():.4g}, mean {column.mean():.4g}, std {column.std():.3g}"
+            cells[name, kind] = spread + still
+    head = "| dimension | state: range | action: range |\n| --- | --- | --- |\n"
+    table = head + "\n".join(f"| {name} | {cells[name, 'state']} | {cells[name, 'action']} |" for name in data.DIMS)
+    units = (
+        '<p class="soft">x y z in m, roll pitch yaw in rad, gripper -1 (closed) to 1 (open); actions are changes.</p>'
+    )
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines) + html_table(table) + units

@@ -180,3 +180,18 @@ def test_a_video_is_of_the_episode_that_was_played(tmp_path):
         inset = frames[t][10:138, 10:138].reshape(64, 2, 64, 2, 3).mean((1, 3))
         assert np.abs(inset - picture).mean() < 6  # H.264 keeps little of the noise
     assert np.abs(frames[8].astype(int) - frames[0]).max() > 100
+
+
+@pytest.mark.parametrize("name", ["lerobot_v21_video", "lerobot_v30_image"])
+def test_a_dataset_is_shown_in_a_browser(name, tmp_path, chromium, capsys):
+    dataset = page.Path(__file__).parent / "data" / name
+    page.show(page.ShowArgs(str(dataset), episodes=2, out=tmp_path / "shown"))
+    assert "index.html" in capsys.readouterr().out
+    browser = chromium(tmp_path / "shown/index.html")
+    assert browser("tiles.length") == 2 and browser("document.querySelectorAll('table tr').length") == 8
+    browser("tiles[1].click()")
+    browser.wait_for(lambda: browser("large.currentTime > 0"))
+    assert browser("charts.querySelectorAll('polyline').length") == 14  # seven dimensions of the state and the action
+    loaded = page.data.load_dataset(dataset)
+    seconds = (loaded.bounds[-1] - loaded.bounds[-2]) / loaded.fps + 1
+    assert browser("large.duration") == pytest.approx(seconds, abs=0.11)
