@@ -98,6 +98,9 @@ class Args:
     target_kl: float = 0.05
     """An iteration's update ends before the gradient step whose approximate KL divergence exceeds it (of the
     log-probability that the ratio is made of: the mean over pi0.5's denoising chain, over OpenVLA's actions)."""
+    desired_kl: float | None = None
+    """Steer the learning rate, from --lr to a tenth or ten times of it, so that updates end near this KL divergence. For
+    where no good learning rate is known; 0.006 is a start. No published result uses it."""
     critic_warmup: int = 3
     """First iterations that train the critic alone: a random one would drive a good policy away."""
     eval_every: int = 5
@@ -256,7 +259,21 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, warm
         log[f"loss/{key}"] = float(np.mean([step[key] for step in history]))
     log["loss/anchor_to_ppo"] = args.beta * log["loss/anchor"] / (abs(log["loss/ppo"]) + 1e-8)
     log["time/updates"] = len(history)
+    if args.desired_kl and not warming_up:
+        actor = optimizer.param_groups[0]
+        log["loss/learning_rate"] = actor["lr"]
+        actor["lr"] = steered_lr(actor["lr"], log.get("loss/refused_kl", history[-1]["approx_kl"]), args)
     return log
+
+
+def steered_lr(lr: float, kl: float, args) -> float:
+    """The learning rate after an update that ended at a KL divergence `kl`: the adaptive schedule of legged-robot PPO
+    (rsl_rl), once an update and not every gradient step, as the first steps of each have no KL divergence yet."""
+    if kl > 2 * args.desired_kl:
+        lr /= 1.5
+    elif kl < args.desired_kl / 2:
+        lr *= 1.5
+    return min(max(lr, args.lr / 10), args.lr * 10)
 
 
 def rollout_metrics(experience: dict, seconds: float) -> dict:

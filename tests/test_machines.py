@@ -70,7 +70,17 @@ def test_pictures_of_a_gpu_come_to_the_physics_on_the_cpu(domain, monkeypatch):
 def test_an_iteration_of_stage_2_on_a_gpu(name, part):
     """Observations, actions and rewards cross from the simulator's CPU to the policy's GPU and back."""
     world = Noise("push_cube", envs.TWIN, num_envs=3)
-    more = dict(max_grad_norm=1.0, target_kl=9.0, update_epochs=1, minibatch_size=6, accumulate=2, gamma=0.9, out="")
+    more = dict(
+        max_grad_norm=1.0,
+        target_kl=9.0,
+        lr=1e-5,
+        desired_kl=0.006,
+        update_epochs=1,
+        minibatch_size=6,
+        accumulate=2,
+        gamma=0.9,
+        out="",
+    )
     args = SimpleNamespace(**vars(ARGS), **more, gae_lambda=0.9)
     with PretendCuda():
         torch.manual_seed(0)

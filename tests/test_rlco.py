@@ -148,3 +148,17 @@ def test_a_run_that_will_not_come_back_is_stopped():
         train_rlco.stop_if_diverged(logs([0.2, 0, 0, 0, 0], [0] * 5), args)
     with pytest.raises(UserError, match="iteration 2: the critic ran away: rollout/explained_variance is -40"):
         train_rlco.stop_if_diverged(logs([0.2, 0.2, 0.2], [-11, -20, -40]), args)
+
+
+def test_the_learning_rate_is_steered_towards_the_desired_kl_within_limits():
+    args = SimpleNamespace(lr=2e-5, desired_kl=0.006)
+    assert train_rlco.steered_lr(2e-5, 0.006, args) == 2e-5
+    assert train_rlco.steered_lr(2e-5, 0.001, args) == pytest.approx(3e-5)
+    assert train_rlco.steered_lr(2e-5, 0.05, args) == pytest.approx(2e-5 / 1.5)
+    lr = 2e-5
+    for _ in range(20):
+        lr = train_rlco.steered_lr(lr, 0.0, args)
+    assert lr == pytest.approx(2e-4)
+    for _ in range(20):
+        lr = train_rlco.steered_lr(lr, 1.0, args)
+    assert lr == pytest.approx(2e-6)
