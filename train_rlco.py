@@ -99,8 +99,8 @@ class Args:
     """An iteration's update ends before the gradient step whose approximate KL divergence exceeds it (of the
     log-probability that the ratio is made of: the mean over pi0.5's denoising chain, over OpenVLA's actions)."""
     desired_kl: float | None = None
-    """Steer the learning rate, from --lr to a tenth or ten times of it, so that updates end near this KL divergence. For
-    where no good learning rate is known; 0.006 is a start. No published result uses it."""
+    """Steer the learning rate, from --lr to a tenth or ten times of it, so that updates end near this KL divergence,
+    for where no good learning rate is known; 0.006 is a start. No published result uses it."""
     critic_warmup: int = 3
     """First iterations that train the critic alone: a random one would drive a good policy away."""
     eval_every: int = 5
