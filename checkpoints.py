@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -274,6 +275,7 @@ HEADS = ("value_head.", "noise_head.")  # what RL adds to a published model; flo
 PALIGEMMA = "paligemma_with_expert.paligemma."
 LM_HEAD = PALIGEMMA + "lm_head.weight"  # one tensor under two names in openpi, two in lerobot
 EMBED = PALIGEMMA + "model.language_model.embed_tokens.weight"
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "silu", "relu")
 LAYOUTS = {"pi05": ("openpi", "lerobot"), "openvla": ("openvla",)}  # of other projects, by family
 TOKENIZERS = {"pi05": "google/paligemma-3b-pt-224", "openvla": "openvla/openvla-7b"}  # on the Hub
 
@@ -381,7 +383,8 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
             raw["llm"] = {**published["llm"], **text, "rope_theta": theta}
             raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
         known = (*published["llm"], "attention_bias", "mlp_bias", "head_dim", "hidden_act")
-        raw["llm"] = {key: value for key, value in raw.get("llm", published["llm"]).items() if key in known}
+        llm = table(folder, raw.get("llm", published["llm"]))
+        raw["llm"] = {key: value for key, value in llm.items() if key in known}
     else:
         raise UserError(
             f"the *.safetensors in {folder} are neither pi0.5's (no {LM_HEAD}) nor OpenVLA's (no "
@@ -391,6 +394,11 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
     config["type"] = published["type"]
     if value_head:
         config["value_hidden"] = [len(tensors[name]) for name in value_head[:-1]]
+    require_like(folder, config, published)
+    if set(config["normalization"].values()) - set(MODES) or config["convention"] not in EPS:
+        raise UserError(f"{folder}: no normalisation is {config['normalization']} as in {config['convention']}")
+    if config.get("real_vocab_size", 256) < 256:
+        raise UserError(f"{folder}: real_vocab_size is {config['real_vocab_size']}, an action has 256 tokens")
     config["chunk"] = min(config["chunk"], config["action_horizon"])
     return config
 
@@ -398,8 +406,11 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
 def lerobot_steps(folder: Path, pipeline: str) -> dict[str, dict]:
     """The steps of one of lerobot's processor pipelines by name, in order; none if there is no such file."""
     file = folder / f"{pipeline}.json"
-    steps = read_file(file)["steps"] if file.is_file() else []
-    return {step.get("registry_name") or step["class"]: step for step in steps}
+    steps = read_file(file).get("steps") if file.is_file() else []
+    try:
+        return {step.get("registry_name") or step["class"]: {"config": {}, **step} for step in steps}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged, its steps are not lerobot's: copy it again") from None
 
 
 def read_lerobot(folder: Path, raw: dict) -> dict:
@@ -412,9 +423,9 @@ def read_lerobot(folder: Path, raw: dict) -> dict:
         ("observation.state", "STATE", before.get("normalizer_processor", {})),
         ("action", "ACTION", after.get("unnormalizer_processor", {})),
     ):
-        said = step.get("config", {}).get("norm_map") or raw.get("normalization_mapping") or {kind: "QUANTILES"}
-        modes[feature] = said.get(kind, "IDENTITY")
-        if modes[feature] not in MODES:
+        said = table(folder, step.get("config", {})).get("norm_map") or raw.get("normalization_mapping")
+        modes[feature] = table(folder, said or {kind: "QUANTILES"}).get(kind, "IDENTITY")
+        if modes[feature] not in list(MODES):
             raise UserError(
                 f"{folder} normalises its {feature} by {modes[feature]}, of which nothing is known here but "
                 f"{', '.join(MODES)}"
@@ -432,13 +443,35 @@ def lerobot_state_dim(folder: Path, raw: dict, steps: dict) -> int:
     version = read_file(run) if run.is_file() else {}
     if "use_relative_actions" in raw or "relative_actions_processor" in steps or "cudnn_deterministic" in version:
         return 0
-    dims = steps[LEROBOT_STATE_STEP].get("config", {}).get("max_state_dim")
+    dims = table(folder, steps[LEROBOT_STATE_STEP]["config"]).get("max_state_dim")
     if dims is None and not version:
         note(
             f"{folder} does not say which lerobot trained it: its prompt is taken to have {LEROBOT_STATE_DIM} numbers "
             "of state, as up to 0.4.4; for 0.5.0 give load_policy(prompt_state_dim=0)"
         )
     return LEROBOT_STATE_DIM if dims is None else dims
+
+
+def require_like(folder: Path, config: dict, published: dict) -> None:
+    """UserError unless every setting of `published` is there and of its kind: a whole number that is above 0 where the
+    published one is, any number, a list of numbers, text."""
+    if str(config.get("hidden_act", "gelu")) not in ACTIVATIONS:
+        raise UserError(f"{folder}: its configuration says hidden_act = {config['hidden_act']!r:.80}")
+    for name, example in published.items():
+        value = config.get(name)
+        if isinstance(example, dict) and isinstance(value, dict):
+            require_like(folder, value, example)
+            continue
+        fits = type(value) is type(example)
+        if isinstance(example, float):
+            fits = type(value) in (int, float) and abs(value) < math.inf
+        elif type(example) is int:
+            lowest = 0 if name.endswith("_id") else min(example, 1)
+            fits = fits and lowest <= value < 2**31
+        elif isinstance(example, list):
+            fits = fits and len(value) > 0 and all(type(x) in (int, float) and abs(x) < math.inf for x in value)
+        if not fits:
+            raise UserError(f"{folder}: its configuration says {name} = {value!r:.80}; {example!r:.80} is published")
 
 
 def read_stats(folder: Path, config: dict) -> dict:
@@ -450,21 +483,45 @@ def read_stats(folder: Path, config: dict) -> dict:
         for name, value in read_file(file).items():
             feature, _, kind = name.rpartition(".")
             stats.setdefault(feature, {})[kind] = value.flatten().tolist()
-    norm_stats = config.get("norm_stats") or {}  # OpenVLA, whose state is in no prompt
-    sets = {name: {"action": theirs["action"]} for name, theirs in norm_stats.items() if "action" in theirs}
+    norm_stats = table(folder, config.get("norm_stats") or {})  # OpenVLA, whose state is in no prompt
+    sets = {
+        name: {"action": theirs["action"]} for name, theirs in norm_stats.items() if "action" in table(name, theirs)
+    }
     for file in sorted(folder.glob("**/norm_stats.json")):  # openpi, RLinf
-        content = read_file(file).get("norm_stats", {})
+        content = table(file, read_file(file).get("norm_stats", {}))
         sets[file.parent.name] = {ours: content[theirs] for ours, theirs in OPENPI_STATS.items() if theirs in content}
     own = folder / "stats.json"
     if own.is_file():
         stats = read_file(own)
     elif len(sets) == 1:
         key = next(iter(sets))
-    if not key:
-        return stats
-    if key not in sets:
+    if key and key not in sets:
         raise UserError(f"{folder} has no statistics {key}; unnorm_key can be {', '.join(sorted(sets))}")
-    return stats | sets[key]
+    if key:
+        stats = stats | sets[key]
+    for feature in OPENPI_STATS:
+        require_numbers(folder, feature, table(folder, stats.get(feature, {})))
+    return stats
+
+
+def table(where: str | Path, value) -> dict:
+    """`value`, or UserError if it is no table."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {value!r:.80} stands where a table should")
+    return value
+
+
+def require_numbers(folder: Path, feature: str, kinds: dict) -> None:
+    """UserError unless all statistics of a feature are lists of numbers, one for each dimension."""
+    lengths = {}
+    for kind in ("q01", "q99", "min", "max", "mean", "std", "mask"):
+        values = kinds.get(kind, [])
+        if type(values) is not list or not all(type(x) in (bool, int, float) and abs(x) < math.inf for x in values):
+            raise UserError(f"{folder}: the statistic {kind} of {feature} is no list of numbers but {values!r:.80}")
+        if kind in kinds:
+            lengths[kind] = len(values)
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        raise UserError(f"{folder}: the statistics of {feature} have different numbers of dimensions: {lengths}")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

@@ -230,8 +230,8 @@ def make_dataset(folder: Path, video: bool) -> None:
             writer.add_episode(
                 dict(
                     image=rng.integers(256, size=(length, 32, 32, 3), dtype=np.uint8),
-                    state=rng.normal(size=(length, 7)),
-                    action=rng.normal(scale=0.01, size=(length, 7)),
+                    state=rng.uniform([0.4, -0.2, 0.1, -0.3, -0.3, -0.3, 0], 0.5, (length, 7)),
+                    action=np.append(rng.normal(scale=0.01, size=(length, 6)), np.ones((length, 1)), 1),
                     prompt="push the cube",
                 )
             )
