@@ -368,7 +368,7 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
         if "chunk" not in raw:  # only our own say chunk
             lerobot = raw.get("type") == "pi05" or (folder / "policy_preprocessor.json").is_file()
             raw |= read_lerobot(folder, raw) if lerobot else {"convention": "openpi"}
-        raw["vlm"] = {**raw.get("vlm", published["vlm"]), "vocab_size": len(words)}
+        raw["vlm"] = {**table(folder, raw.get("vlm", published["vlm"])), "vocab_size": len(words)}
     elif "projector.fc1.weight" in tensors:
         published = presets["openvla-7b"]
         extra = ("norm_stats", "unnorm_key")
