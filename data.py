@@ -525,6 +525,8 @@ def _read_meta(root, camera) -> Metadata:
         features = info["features"]
         if info["codebase_version"] not in ("v2.0", "v2.1", "v3.0"):
             raise UserError(f"{root}: codebase_version {info['codebase_version']} is not v2.0, v2.1 or v3.0")
+        if not 0 < info["fps"] < math.inf:
+            raise UserError(f"{root}: info.json says {info['fps']} frames a second")
         keys = {}
         names = {}
         for key, choices in KEYS.items():
