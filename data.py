@@ -22,6 +22,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -1212,6 +1213,8 @@ def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict
                         f"the demonstrator of {task} failed in {failures} of {failures + kept} episodes in the domain "
                         f"{domain.name}; `python envs.py demonstrators` measures it"
                     )
+        except BrokenProcessPool:
+            raise UserError("a simulator process died, for want of memory, or killed: take fewer --workers") from None
         finally:
             for block in pending:
                 block.cancel()
