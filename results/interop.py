@@ -35,7 +35,7 @@ OPENPI = ENVIRONMENTS / "openpi"  # a checkout: it is on no index
 # fmt: off
 OPENPI_NEEDS = ["jax==0.5.3", "flax==0.10.2", "jaxtyping==0.2.36", "beartype==0.19.0", "augmax", "ml_collections",
                 "orbax-checkpoint==0.11.13", "chex==0.1.90", "numpydantic", "sentencepiece", "tqdm-loggable", "dm-tree",
-                "treescope", "fsspec[gcs]"]
+                "treescope", "fsspec[gcs]", "tyro", "polars"]
 PIP = {  # peer: its Python, and what pip installs
     "lerobot-0.4.4": (sys.executable, [["lerobot==0.4.4", "transformers==4.53.2", "scipy"], OPENPI_NEEDS,
                                        ["websockets", "msgpack"], ["--no-deps", "openpi-client==0.1.2"]]),
@@ -48,6 +48,14 @@ SIZES = {
     "vlm": {**GEMMA, "width": 64, "mlp_dim": 96, "vocab_size": small_tokenizer().get_vocab_size()},
     "action_expert": {**GEMMA, "width": 48, "mlp_dim": 96}}
 # fmt: on
+LEROBOT_MODES = [
+    ("QUANTILES", "QUANTILES"),
+    ("MEAN_STD", "MEAN_STD"),
+    ("MIN_MAX", "MIN_MAX"),
+    ("IDENTITY", "IDENTITY"),
+    ("QUANTILES", "MEAN_STD"),
+    ("QUANTILE10", "QUANTILE10"),
+]  # fmt: skip
 STATISTICS = ("mean", "std", "min", "max", "count", "q01", "q10", "q50", "q90", "q99")
 HORIZON = 6
 WIDTH = 32  # of the noise: actions are padded to it
@@ -172,10 +180,10 @@ def question(folder: Path, still: bool = False, size: int = 224) -> dict:
     )
 
 
-def new_policy(still: bool) -> Policy:
+def new_policy(still: bool, **settings) -> Policy:
     """A pi0.5 of ours with random weights."""
     torch.manual_seed(0)
-    settings = dict(**SIZES, action_dim=WIDTH, action_horizon=HORIZON, chunk=HORIZON, value_hidden=[16])
+    settings |= dict(**SIZES, action_dim=WIDTH, action_horizon=HORIZON, chunk=HORIZON, value_hidden=[16])
     policy = load_policy("tiny-pi05", stats=statistics(still), **settings)
     with torch.no_grad():
         for weight in policy.parameters():
@@ -184,8 +192,8 @@ def new_policy(still: bool) -> Policy:
 
 
 def read_policy(folder: Path) -> Policy:
-    """A checkpoint that a peer wrote; none of them writes the tokenizer, and lerobot and openpi write no sizes."""
-    policy = load_policy(folder, **SIZES, action_horizon=HORIZON, chunk=HORIZON)
+    """A checkpoint that a peer wrote; none of them writes the tokenizer or the sizes."""
+    policy = load_policy(folder, **SIZES, chunk=HORIZON)
     policy.tokenizer = Tokenizer.from_str(small_tokenizer().to_str())
     return policy
 
@@ -220,38 +228,50 @@ def compare(peer: str, trip: str, ours: dict, theirs: dict, tolerance: float = 1
 
 def checkpoints_out(peer: str, layout: str, folder: Path) -> Iterator[Row]:
     """Ours, saved in a peer's layout, in the peer's own code; and read again here."""
-    for still, size, what in (
-        (False, 224, ""),
-        (True, 224, ", roll and pitch never move"),
-        (False, 64, ", picture of 64 x 64"),
+    for what, still, size, settings in (
+        ("", False, 224, {}),
+        (", roll and pitch never move", True, 224, {}),
+        (", picture of 64 x 64", False, 64, {}),
+        (", no state in the prompt", False, 224, {"discrete_state_input": False}),
     ):
-        asked = question(folder, still, size)
-        policy = new_policy(still)
-        saved = folder / f"ours-{layout}-{still}"
-        policy.save(saved, layout=layout)
-        ours = answer(policy, asked)
-        theirs = ask(peer, f"{layout}_act", folder, checkpoint=str(saved), **asked)
-        # openpi resizes as PIL does, to whole numbers, as we do; lerobot does not round.
-        tolerance = 1e-4 if size == 224 or layout == "openpi" else 1e-2
-        yield compare(peer, f"ours saved → {layout}{what}", ours, theirs, tolerance)
-        if size == 224:
-            yield compare(peer, f"ours saved as {layout} → ours{what}", ours, answer(load_policy(saved), asked))
+        if settings and layout == "lerobot":
+            continue  # which has no such prompt
+        trip = f"ours saved as {layout} → {{}}{what}"
+        try:
+            asked = question(folder, still, size)
+            policy = new_policy(still, **settings)
+            saved = folder / f"ours{what}".replace(" ", "-")
+            policy.save(saved, layout=layout)
+            ours = answer(policy, asked)
+            theirs = ask(peer, f"{layout}_act", folder, checkpoint=str(saved), **asked, **settings)
+            # openpi resizes as PIL does, to whole numbers, as we do; lerobot does not round.
+            tolerance = 1e-4 if size == 224 or layout == "openpi" else 1e-2
+            yield compare(peer, trip.format(layout), ours, theirs, tolerance)
+            yield compare(peer, trip.format("ours"), ours, answer(load_policy(saved), asked))
+        except Exception as error:
+            yield Row(peer, trip.format(layout), f"{type(error).__name__}: {error}", False)
 
 
-def checkpoints_in(peer: str, layout: str, modes: list[tuple[str, str]], folder: Path) -> Iterator[Row]:
+def checkpoints_in(peer: str, layout: str, folder: Path) -> Iterator[Row]:
     """Checkpoints that a peer wrote, read here."""
-    for state_mode, action_mode in modes:
-        for still in (False, True):
-            saved = folder / f"theirs-{layout}-{state_mode}-{action_mode}-{still}"
-            trip = f"{layout} saved → ours, state {state_mode}, action {action_mode}"
-            trip += ", roll and pitch never move" * still
-            try:
-                asked = question(folder, still)
-                more = dict(state_mode=state_mode, action_mode=action_mode, stats=json.dumps(statistics(still)))
-                theirs = ask(peer, f"{layout}_save", folder, checkpoint=str(saved), **asked, **more)
-                yield compare(peer, trip, answer(read_policy(saved), asked), theirs)
-            except Exception as error:
-                yield Row(peer, trip, f"{type(error).__name__}: {error}", False)
+    cases = []  # words, still, what the peer is told
+    for still, words in ((False, ""), (True, ", roll and pitch never move")):
+        for state, action in LEROBOT_MODES if layout == "lerobot" else ():
+            cases.append((f"state {state}, action {action}{words}", still, dict(state_mode=state, action_mode=action)))
+        if layout == "openpi":
+            cases.append((f"quantiles{words}", still, {}))
+            cases.append((f"statistics padded to {WIDTH}{words}", still, dict(padded=WIDTH)))
+            cases.append((f"no state in the prompt{words}", still, dict(discrete_state_input=False)))
+    for i, (words, still, settings) in enumerate(cases):
+        saved = folder / f"theirs-{i}"
+        trip = f"{layout} saved → ours, {words}"
+        try:
+            asked = question(folder, still)
+            stats = json.dumps(statistics(still))
+            theirs = ask(peer, f"{layout}_save", folder, checkpoint=str(saved), stats=stats, **asked, **settings)
+            yield compare(peer, trip, answer(read_policy(saved), asked), theirs)
+        except Exception as error:
+            yield Row(peer, trip, f"{type(error).__name__}: {error}", False)
 
 
 def served(peer: str, folder: Path) -> Iterator[Row]:
@@ -352,18 +372,16 @@ def datasets(peer: str, folder: Path) -> Iterator[Row]:
 
 # ---- all --------------------------------------------------------------------------------------------------------
 
-MODES = [("QUANTILES", "QUANTILES"), ("MEAN_STD", "MEAN_STD"), ("MIN_MAX", "MIN_MAX"), ("IDENTITY", "IDENTITY"),
-         ("QUANTILES", "MEAN_STD"), ("QUANTILE10", "QUANTILE10")]  # fmt: skip
 TRIPS: list[tuple[str, str, Callable[[str, Path], Iterator[Row]]]] = [  # environment, name, round trips
     ("lerobot-0.4.4", "lerobot out", lambda peer, folder: checkpoints_out(peer, "lerobot", folder)),
-    ("lerobot-0.4.4", "lerobot in", lambda peer, folder: checkpoints_in(peer, "lerobot", MODES, folder)),
+    ("lerobot-0.4.4", "lerobot in", lambda peer, folder: checkpoints_in(peer, "lerobot", folder)),
     ("lerobot-0.4.4", "lerobot datasets", datasets),
     ("lerobot-new", "lerobot out", lambda peer, folder: checkpoints_out(peer, "lerobot", folder)),
-    ("lerobot-new", "lerobot in", lambda peer, folder: checkpoints_in(peer, "lerobot", MODES, folder)),
+    ("lerobot-new", "lerobot in", lambda peer, folder: checkpoints_in(peer, "lerobot", folder)),
     ("lerobot-new", "lerobot datasets", datasets),
     ("lerobot-0.3.3", "lerobot datasets", datasets),
     ("lerobot-0.4.4", "openpi out", lambda peer, folder: checkpoints_out(peer, "openpi", folder)),
-    ("lerobot-0.4.4", "openpi in", lambda peer, folder: checkpoints_in(peer, "openpi", MODES[:1], folder)),
+    ("lerobot-0.4.4", "openpi in", lambda peer, folder: checkpoints_in(peer, "openpi", folder)),
     ("lerobot-0.4.4", "openpi-client", served),
 ]
 

@@ -4,6 +4,7 @@ Every line of stdin is FUNCTION FOLDER: the function is called in the folder, wh
 there, and is answered by a line of stdout: "done", or what went wrong.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 
 CAMERA = "observation.images.base_0_rgb"
 STATE = "observation.state"
+KINDS = ("mean", "std", "q01", "q99")  # of openpi's statistics
 
 
 def read(name: str) -> dict:
@@ -107,6 +109,8 @@ def lerobot_act() -> dict:
 def lerobot_save() -> dict:
     """A new checkpoint that lerobot writes, with the question's normalisation; and its actions."""
     import torch
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
     from lerobot.configs.types import FeatureType, NormalizationMode, PolicyFeature
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
     from lerobot.policies.pi05.processor_pi05 import make_pi05_pre_post_processors
@@ -135,8 +139,9 @@ def lerobot_save() -> dict:
         feature: {kind: torch.tensor(x, dtype=torch.float32) for kind, x in kinds.items()}
         for feature, kinds in json.loads(question["stats"]).items()
     }
-    for part in (policy, *make_pi05_pre_post_processors(config, dataset_stats=stats)):
-        part.save_pretrained(question["checkpoint"])
+    run = TrainPipelineConfig(dataset=DatasetConfig("us/them"), policy=config)
+    for part in (policy, run, *make_pi05_pre_post_processors(config, dataset_stats=stats)):
+        part.save_pretrained(question["checkpoint"])  # as its trainer does
     return lerobot_act()
 
 
@@ -154,13 +159,24 @@ def small_openpi(sizes: str):
     return pi0_pytorch
 
 
-def new_openpi(question: dict):
-    """openpi's pi0.5 with random weights."""
+def openpi_config(question: dict):
+    """openpi's settings of its pi0.5."""
     from openpi.models.pi0_config import Pi0Config
 
     _, horizon, width = question["noise"].shape
-    config = Pi0Config(dtype="float32", pi05=True, action_dim=width, action_horizon=horizon, pytorch_compile_mode=None)
-    return small_openpi(question["sizes"]).PI0Pytorch(config).eval()
+    return Pi0Config(
+        dtype="float32",
+        pi05=True,
+        action_dim=width,
+        action_horizon=horizon,
+        discrete_state_input=question.get("discrete_state_input", True),
+        pytorch_compile_mode=None,
+    )
+
+
+def new_openpi(question: dict):
+    """openpi's pi0.5 with random weights."""
+    return small_openpi(question["sizes"]).PI0Pytorch(openpi_config(question)).eval()
 
 
 def openpi_act() -> dict:
@@ -191,13 +207,15 @@ def openpi_act() -> dict:
         [
             transforms.Normalize(stats, use_quantiles=True),
             transforms.ResizeImages(224, 224),
-            transforms.TokenizePrompt(tokenizer, discrete_state_input=bool(question.get("discrete_state", True))),
+            transforms.TokenizePrompt(tokenizer, discrete_state_input=openpi_config(question).discrete_state_input),
             transforms.PadStatesAndActions(question["noise"].shape[2]),
         ]
     )
     after = transforms.Unnormalize(stats, use_quantiles=True)
     prompts, states, actions = [], [], []
     for state, noise in zip(question["state"], question["noise"]):
+        # Statistics are padded where the transforms of a robot's data pad its state and actions before they are taken.
+        state = transforms.pad_to_dim(state, question.get("padded", 7))
         absent = np.zeros_like(question["image"])
         cameras = {"base_0_rgb": question["image"], "left_wrist_0_rgb": absent, "right_wrist_0_rgb": absent}
         seen = {name: np.array(name == "base_0_rgb") for name in cameras}
@@ -215,7 +233,9 @@ def openpi_act() -> dict:
 def openpi_save() -> dict:
     """A new checkpoint as openpi's trainer writes it (scripts/train_pytorch.py, save_checkpoint); and its actions."""
     import safetensors.torch
+    import torch
     from openpi.shared import normalize
+    from openpi.training.config import get_config
 
     question = read("question.npz")
     folder = Path(question["checkpoint"])
@@ -223,14 +243,14 @@ def openpi_save() -> dict:
     model = new_openpi(question)
     perturb(model)
     safetensors.torch.save_model(model, str(folder / "model.safetensors"))
-    stats = json.loads(question["stats"])
-    names = {"state": STATE, "actions": "action"}
-    kinds = ("mean", "std", "q01", "q99")
-    theirs = {
-        name: normalize.NormStats(**{kind: np.array(stats[ours][kind]) for kind in kinds})
-        for name, ours in names.items()
-    }
-    normalize.save(folder / "assets/robot", theirs)
+    config = dataclasses.replace(get_config("pi05_libero"), model=openpi_config(question))
+    torch.save(dict(global_step=1, config=dataclasses.asdict(config), timestamp=0.0), folder / "metadata.pt")
+    stats = {}
+    for name, feature in (("state", STATE), ("actions", "action")):
+        kinds = json.loads(question["stats"])[feature]
+        zeros = [0.0] * (question.get("padded", 7) - 7)
+        stats[name] = normalize.NormStats(**{kind: np.array(kinds[kind] + zeros) for kind in KINDS})
+    normalize.save(folder / "assets/robot", stats)
     return openpi_act()
 
 
