@@ -9,14 +9,17 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import socket
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -279,18 +282,45 @@ ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "quick_gelu", "silu", "r
 LAYOUTS = {"pi05": ("openpi", "lerobot"), "openvla": ("openvla",)}  # of other projects, by family
 TOKENIZERS = {"pi05": "google/paligemma-3b-pt-224", "openvla": "openvla/openvla-7b"}  # on the Hub
 
-# Patterns of others' tensor names, and what of ours to put in their place.
+# Patterns of others' tensor names, and what of ours to put in their place, in this order.
+ROOTS = (
+    r"(?:paligemma_with_expert|action_(?:in|out)_proj|time_mlp_(?:in|out)|vision_backbone|projector|language_model|"
+    r"value_head|noise_head)\."
+)
+OLD_PALIGEMMA = r"^(paligemma_with_expert\.paligemma)\."
 RENAMES: tuple[tuple[str, str | Callable], ...] = (
-    (r"^model\.(?=paligemma_with_expert|action_|time_mlp)", ""),  # lerobot
+    (r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)\.", ""),  # torch's wrappers
+    (rf"^(?!{ROOTS})(?:\w+\.)+?(?={ROOTS})", ""),  # model., module., policy., base_model.model., ...
+    (r"\.modules_to_save\.\w+\.", "."),  # peft
+    (OLD_PALIGEMMA + r"(vision_tower|multi_modal_projector)\.", r"\1.model.\2."),  # once
+    (OLD_PALIGEMMA + r"language_model\.model\.", r"\1.model.language_model."),
+    (OLD_PALIGEMMA + r"language_model\.lm_head\.", r"\1.lm_head."),
+    (r"(?<=\.vision_tower\.)(?=embeddings\.|encoder\.|post_layernorm\.)", "vision_model."),  # since
     (r"^value_head\.mlp\.", "value_head."),  # RLinf
     (r"^value_head\.head_l(\d)", lambda match: f"value_head.{2 * int(match[1]) - 2}"),  # RL4VLA
     (r"^noise_head\.mlp_logvar\.moduleList\.(\d)\.linear_1", lambda match: f"noise_head.{2 * int(match[1])}"),  # RLinf
 )
+# No weights: RLinf's bounds of the noise, which are the setting noise_std here, and what is computed anew.
+NO_WEIGHTS = r"^noise_head\.logvar_|\.original_module\.|\.position_ids$|\.rotary_emb\.inv_freq$"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ADAPTER = "adapter_model.safetensors"  # peft's
+HUB_FILES = ["*.safetensors*", "*.json", "*.py", "*.model", "metadata.pt"]
 OPENPI_STATS = {"observation.state": "state", "action": "actions"}  # our name of a statistic, and theirs
 OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+OPENPI_SAID = (
+    "action_horizon",
+    "action_dim",
+    "max_token_len",
+    "discrete_state_input",
+)  # in the metadata of its trainer
+RELATIVE = "relative|delta|memory|adapt_to_pi"  # in the names of switches that change what state and action are
 LEROBOT_STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
 LEROBOT_STATE_DIM = 32  # of that step up to lerobot 0.4.4, which pads the normalised state with zeros
 # fmt: off
+LEROBOT_STEPS = {  # those of its pipelines that are known here; of the last two, that they are not enabled
+    "rename_observations_processor", "to_batch_processor", "normalizer_processor", "unnormalizer_processor",
+    LEROBOT_STATE_STEP, "tokenizer_processor", "device_processor", "relative_actions_processor",
+    "absolute_actions_processor"}
 LEROBOT_CONFIG = {  # their name of a setting, and ours
     "chunk_size": "action_horizon", "n_action_steps": "chunk", "num_inference_steps": "num_steps",
     "tokenizer_max_length": "max_token_len", "max_action_dim": "action_dim"}
@@ -304,15 +334,21 @@ OPENVLA_CONFIG = {  # what their code needs beside the settings
 # fmt: on
 
 
+def hub_folder(name: str, files: list[str]) -> Path:
+    """The folder with these files of the Hub's model `name`, downloaded unless they are there. Errors have no common
+    class: no network, no such model, no right to it, no valid name."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=files))
+
+
 def find_folder(name: str | Path, presets: dict) -> Path:
     """The folder `name`, or else that of the Hub's model of this name, downloaded. UserError if neither is there."""
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors*", "*.json", "*.py", "*.model"]))
-    except Exception as error:  # no network, no such model, no right to it, no valid name: no common class
+        return hub_folder(str(name), HUB_FILES)
+    except Exception as error:
         raise UserError(
             f"{name} is no preset ({', '.join(presets)}) and no folder, and the Hub gives no such model "
             f"({type(error).__name__})"
@@ -320,39 +356,213 @@ def find_folder(name: str | Path, presets: dict) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold weights; none if it is no checkpoint."""
-    files = [file for file in sorted(folder.glob("[!.]*.safetensors")) if "processor" not in file.name]
+    """The files of a folder that hold its weights, none if it is no checkpoint: what an index names, else
+    model.safetensors, else all; and the heads. Other weights are mentioned, and left alone."""
+    files = sorted(folder.glob("[!.]*.safetensors"))
+    names = [file.name for file in files if "processor" not in file.name and file.name != ADAPTER]
+    indexes = [folder / "model.safetensors.index.json", *sorted(folder.glob("[!.]*.safetensors.index.json"))]
+    indexes = [index for index in indexes if index.is_file()]
+    shards = [name for name in names if re.search(r"-\d+-of-\d+\.", name)]
+    chosen = names
+    if indexes:
+        chosen = sorted(set(read_file(indexes[0]).get("weight_map", {}).values()))
+    elif "model.safetensors" in names:
+        chosen = ["model.safetensors"]
+    elif shards:
+        chosen = shards
+        number = int(re.search(r"-of-(\d+)\.", shards[0])[1])
+        if len(shards) != number:
+            raise UserError(f"{folder} has {len(shards)} of the {number} parts of its weights: copy the others, too")
+    if "heads.safetensors" in names:
+        chosen = sorted({*chosen, "heads.safetensors"})
+    left = [name for name in names if name not in chosen]
+    if left:
+        note(f"{folder}: the weights are {', '.join(chosen)}; {', '.join(left)} beside them is left alone")
     steps = sorted(folder.glob("**/full_weights.pt"))  # of RLinf's trainer
-    if not files and len(steps) > 1:
+    if not chosen and len(steps) > 1:
         raise UserError(f"{folder} has {len(steps)} checkpoints: name the folder of one, such as {steps[-1].parent}")
-    return files or steps
+    return [folder / name for name in chosen] or steps
 
 
 def sha256(folder: Path | None) -> str:
     """Of the weights in a folder (of nothing without one)."""
     total = hashlib.sha256()
-    for path in weight_files(folder) if folder else ():
+    adapters = sorted(folder.glob(ADAPTER)) if folder else []
+    for path in [*weight_files(folder), *adapters] if folder else ():
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a folder, mapped from disk, under our names."""
-    tensors = {}
-    for file in weight_files(folder):
-        tensors |= read_file(file)
+    """All weights of a folder, mapped from disk, under our names; an adapter is put on its base, which is beside it, or
+    else where its configuration says."""
+    tensors = named_tensors(folder, weight_files(folder))
+    adapter = folder / ADAPTER
+    if adapter.is_file():
+        if not tensors:
+            tensors = read_tensors(base_folder(folder))
+        else:
+            note(f"{folder}: {ADAPTER} is put on the weights beside it")
+        return put_on(folder, tensors, named_tensors(folder, [adapter]))
+    if any(".base_layer." in name for name in tensors):  # the state_dict of a whole peft model
+        base = {name.replace(".base_layer.", "."): x for name, x in tensors.items() if "lora_" not in name}
+        return put_on(folder, base, {name: x for name, x in tensors.items() if "lora_" in name})
     if not tensors:
-        raise UserError(f"{folder} has no *.safetensors file: it is no checkpoint")
-    for pattern, ours in RENAMES:
-        tensors = {re.sub(pattern, ours, name): tensor for name, tensor in tensors.items()}
-    # RLinf keeps the bounds of the noise as tensors; ours are the setting noise_std
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("noise_head.logvar_")}
+        others = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.ckpt")])
+        hint = f"; {others[0].name} is not read: save its state_dict as model.safetensors" if others else ""
+        if (folder / "params").is_dir():
+            hint = "; params is JAX's, which openpi's examples/convert_jax_model_to_pytorch.py converts"
+        raise UserError(f"{folder} has no *.safetensors file: it is no checkpoint{hint}")
+    return tensors
 
 
-def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
+def named_tensors(folder: Path, files: list[Path]) -> dict[str, torch.Tensor]:
+    """The weights in some files of a folder under our names. UserError if two get one name, or they are no floats."""
+    tensors = {}
+    for file in files:
+        for theirs, tensor in read_file(file).items():
+            name = theirs
+            for pattern, ours in RENAMES:
+                name = re.sub(pattern, ours, name)
+            if re.search(NO_WEIGHTS, name):
+                continue
+            if name in tensors:
+                raise UserError(f"{folder} has two tensors {name}, one of them {theirs} in {file.name}: keep one set")
+            tensors[name] = tensor
+    strange = {str(tensor.dtype): name for name, tensor in tensors.items() if tensor.dtype not in FLOATS}
+    if strange:
+        kinds = ", ".join(f"{dtype.removeprefix('torch.')} ({name})" for dtype, name in sorted(strange.items()))
+        raise UserError(f"{folder} has quantised weights, {kinds}: save the model in bfloat16 or float32 and load that")
+    return tensors
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the model that an adapter without its base's weights is put on."""
+    name = read_file(folder / "adapter_config.json").get("base_model_name_or_path") or "a model that it does not name"
+    for place in (Path(name), folder / name, folder.parent / name):
+        if place.is_dir():
+            return place
+    try:
+        return hub_folder(name, HUB_FILES)
+    except Exception as error:
+        raise UserError(
+            f"{folder} is an adapter of {name}, which is no folder here, and the Hub gives no such model "
+            f"({type(error).__name__}): copy the base's files beside the adapter"
+        ) from error
+
+
+def put_on(folder: Path, base: dict, adapter: dict) -> dict[str, torch.Tensor]:
+    """A base's weights W with what a LoRA adapter adds, B A lora_alpha / r (arXiv 2106.09685, peft's names); what else
+    it has takes the place of the base's."""
+    file = folder / "adapter_config.json"
+    config = read_file(file) if file.is_file() else {}
+    if not config.get("lora_alpha"):
+        raise UserError(
+            f"{folder} holds a LoRA adapter, and no adapter_config.json with its lora_alpha, by which it is scaled: "
+            "copy that file, too, or merge the adapter before saving (merge_and_unload)"
+        )
+    if config.get("peft_type", "LORA") != "LORA" or config.get("fan_in_fan_out"):
+        raise UserError(f"{folder} holds a {config.get('peft_type')} adapter: only LoRA of linear layers is known here")
+    rest = dict(adapter)
+    merged = dict(base)
+    for name in adapter:
+        match = re.fullmatch(r"(.+)\.lora_A\.(?:\w+\.)?weight", name)
+        if not match:
+            continue
+        weight = f"{match[1]}.weight"
+        down = rest.pop(name)
+        up = rest.pop(name.replace(".lora_A.", ".lora_B."), None)
+        fits = up is not None and weight in base and down.ndim == up.ndim == 2
+        if not fits or base[weight].shape != (len(up), down.shape[1]) or merged[weight] is not base[weight]:
+            raise UserError(f"{folder}: its adapter of {match[1]} does not fit the base, or is one of several")
+        patterns = config.get("alpha_pattern") or {}
+        alphas = [alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", match[1])]
+        alpha = alphas[0] if alphas else config["lora_alpha"]
+        scale = alpha / len(down) ** (0.5 if config.get("use_rslora") else 1)
+        merged[weight] = (base[weight].float() + up.float() @ down.float() * scale).to(base[weight].dtype)
+    strange = [name for name in rest if "lora_" in name or name not in base and not name.startswith(HEADS)]
+    if strange:
+        raise UserError(f"{folder}: its adapter has more than LoRA of linear layers: {by_layer(strange)}")
+    return {**merged, **rest}
+
+
+def settings_folder(folder: Path) -> Path:
+    """Where the settings of a checkpoint are: in its own folder, or an adapter's base's."""
+    alone = (folder / ADAPTER).is_file() and not (folder / "config.json").is_file() and not weight_files(folder)
+    return base_folder(folder) if alone else folder
+
+
+class Inert(dict):
+    """Takes the place of every class and function in a pickle, so that to read it runs none of them."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def __setstate__(self, state):
+        pass
+
+    append = extend = add = __setstate__
+
+
+class InertUnpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        return Inert
+
+    def persistent_load(self, pid):
+        return None
+
+
+def read_metadata(folder: Path) -> dict:
+    """The configuration in the metadata.pt of openpi's trainer: dicts, strings and numbers. {} if there is none."""
+    file = folder / "metadata.pt"
+    if not file.is_file():
+        return {}
+    try:  # torch.load would run what the file says, or refuse it: openpi pickles objects of its own
+        with zipfile.ZipFile(file) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            config = InertUnpickler(io.BytesIO(archive.read(name))).load()["config"]
+        return {part: config[part] for part in ("model", "data") if isinstance(config.get(part), dict)}
+    except Exception as error:  # unpickling raises anything
+        note(f"{file} is not understood ({type(error).__name__}), and left alone")
+        return {}
+
+
+def refuse_others(folder: Path, raw: dict, tensors: dict) -> None:
+    """UserError, which names it, for what would load and then act wrongly."""
+    kind = raw.get("type", "pi05")
+    switches = {**raw, **read_metadata(folder).get("data", {})}
+    switches = sorted(key for key, value in switches.items() if value is True and re.search(RELATIVE, key))
+    steps = lerobot_steps(folder, "policy_preprocessor") | lerobot_steps(folder, "policy_postprocessor")
+    for name, step in steps.items():
+        config = table(folder, step["config"])
+        if name not in LEROBOT_STEPS or config.get("enabled") or config.get("include_state_in_prompt") is False:
+            switches.append(f"the step {name} of its processors")
+    heads = sorted(file.name for file in folder.glob("*--*.pt"))
+    code = folder / "modeling_prismatic.py"
+    if code.is_file() and "NUM_ACTIONS_CHUNK" in code.read_text():
+        heads.append(code.name)
+    problem = None
+    if kind not in ("pi05", "openvla"):
+        problem = f"is a {kind} policy"
+    elif any(name.endswith("state_proj.weight") for name in tensors):
+        problem = "is a pi0, which has state_proj and no state in its prompt"
+    elif heads:
+        problem = f"is an OpenVLA-OFT, which acts through a head of its own and not by tokens ({heads[0]})"
+    elif switches:
+        problem = f"was trained with {', '.join(switches)}: its states or actions are not those that are known here"
+    if problem:
+        raise UserError(f"{folder} {problem}; pi0.5 and OpenVLA with plain states and actions can be loaded")
+
+
+def read_config(folder: Path, tensors: dict, presets: dict, given: dict | None = None) -> dict:
     """Settings in the form of `presets` from any layout's config. The names of the tensors tell the family; what the
-    files do not say is as in the published model's preset."""
+    files do not say is as in the published model's preset, which is mentioned unless it is `given`."""
     files = [file for file in (folder / "rlco.json", folder / "config.json") if file.is_file()]
     raw = read_file(files[0]) if files else {}
     value_head = sorted(name for name in tensors if re.fullmatch(r"value_head\.\d\.weight", name))
@@ -361,22 +571,36 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
     if "value_hidden" in raw and not value_head:  # only our own say value_hidden
         raise UserError(f"{folder} has lost its heads.safetensors: copy it again")
 
+    foreign = "chunk" not in raw  # only our own say chunk
+    if foreign:
+        refuse_others(folder, raw, tensors)
     words = tensors.get(EMBED, tensors.get(LM_HEAD))
     if words is not None:
         published = presets["pi05"]
         extra = ("min_period", "max_period")
-        if "chunk" not in raw:  # only our own say chunk
-            lerobot = raw.get("type") == "pi05" or (folder / "policy_preprocessor.json").is_file()
-            raw |= read_lerobot(folder, raw) if lerobot else {"convention": "openpi"}
+        if foreign and (raw.get("type") == "pi05" or (folder / "policy_preprocessor.json").is_file()):
+            raw |= read_lerobot(folder, raw)
+        elif foreign:
+            said = read_metadata(folder).get("model", {})
+            said = {key: said[key] for key in OPENPI_SAID if isinstance(said.get(key), int)}
+            raw = {"convention": "openpi", "discrete_state_input": None, **said, **raw}
+        if "action_dim" not in raw and "action_in_proj.weight" in tensors:
+            raw["action_dim"] = tensors["action_in_proj.weight"].shape[1]
+        if "action_horizon" not in {**raw, **(given or {})}:
+            assumed = [f"{key} {published[key]}" for key in ("action_horizon", "chunk", "num_steps", "max_token_len")]
+            note(f"{folder} has no config.json: assumed are {', '.join(assumed)}; give load_policy what differs")
         raw["vlm"] = {**table(folder, raw.get("vlm", published["vlm"])), "vocab_size": len(words)}
     elif "projector.fc1.weight" in tensors:
         published = presets["openvla-7b"]
         extra = ("norm_stats", "unnorm_key")
-        if "chunk" not in raw:
-            raw["convention"] = "openvla"
         statistics = folder / "dataset_statistics.json"
         if statistics.is_file():  # of its fine-tuning: OpenVLA's code, too, prefers them to config.json's
             raw["norm_stats"] = read_file(statistics)
+        if foreign:
+            crop = None if statistics.is_file() else False  # the published model was trained without augmentation
+            if "image_aug" in str(folder.absolute()):  # which OpenVLA's fine-tuning writes into the folder's name
+                crop = True
+            raw = {"convention": "openvla", "center_crop": crop, **raw}
         text = raw.get("text_config")
         if text and "llm" not in raw:
             theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
@@ -386,9 +610,11 @@ def read_config(folder: Path, tensors: dict, presets: dict) -> dict:
         llm = table(folder, raw.get("llm", published["llm"]))
         raw["llm"] = {key: value for key, value in llm.items() if key in known}
     else:
+        strange = [name for name in tensors if not name.startswith(HEADS) and "lora_" not in name]
+        problem = f"they are {', '.join(strange[:3])}, ..." if strange else "is model.safetensors missing?"
         raise UserError(
-            f"the *.safetensors in {folder} are neither pi0.5's (no {LM_HEAD}) nor OpenVLA's (no "
-            "projector.fc1.weight): is model.safetensors missing?"
+            f"the tensors in {folder} are neither pi0.5's (no {LM_HEAD}) nor OpenVLA's (no projector.fc1.weight): "
+            f"{problem}"
         )
     config = {**published, **{key: value for key, value in raw.items() if key in (*published, *extra)}}
     config["type"] = published["type"]
@@ -462,7 +688,7 @@ def require_like(folder: Path, config: dict, published: dict) -> None:
         if isinstance(example, dict) and isinstance(value, dict):
             require_like(folder, value, example)
             continue
-        fits = type(value) is type(example)
+        fits = type(value) is type(example) or isinstance(example, bool) and value is None  # None: no file says
         if isinstance(example, float):
             fits = type(value) in (int, float) and abs(value) < math.inf
         elif type(example) is int:
@@ -483,7 +709,8 @@ def read_stats(folder: Path, config: dict) -> dict:
         for name, value in read_file(file).items():
             feature, _, kind = name.rpartition(".")
             stats.setdefault(feature, {})[kind] = value.flatten().tolist()
-    norm_stats = table(folder, config.get("norm_stats") or {})  # OpenVLA, whose state is in no prompt
+    statistics = folder / "dataset_statistics.json"  # OpenVLA, whose state is in no prompt
+    norm_stats = read_file(statistics) if statistics.is_file() else table(folder, config.get("norm_stats") or {})
     sets = {
         name: {"action": theirs["action"]} for name, theirs in norm_stats.items() if "action" in table(name, theirs)
     }
@@ -504,6 +731,21 @@ def read_stats(folder: Path, config: dict) -> dict:
     return stats
 
 
+def settle_prompt(folder: Path, config: dict) -> None:
+    """Decide whether the state is in pi0.5's prompt, where openpi's files do not say (discrete_state_input): it is,
+    unless the statistics are of a state padded to the model's size, as RLinf's for RL-Co."""
+    if config.get("discrete_state_input", True) is not None:
+        return
+    kinds = read_stats(folder, config).get("observation.state", {})
+    padded = max(map(len, kinds.values()), default=0) > robot_dims(kinds)
+    config["discrete_state_input"] = not padded
+    if kinds:
+        note(
+            f"{folder} does not say whether the state is in the prompt: assumed is discrete_state_input={not padded}; "
+            f"for the other, give load_policy(discrete_state_input={padded})"
+        )
+
+
 def table(where: str | Path, value) -> dict:
     """`value`, or UserError if it is no table."""
     if not isinstance(value, dict):
@@ -514,7 +756,7 @@ def table(where: str | Path, value) -> dict:
 def require_numbers(folder: Path, feature: str, kinds: dict) -> None:
     """UserError unless all statistics of a feature are lists of numbers, one for each dimension."""
     lengths = {}
-    for kind in ("q01", "q99", "min", "max", "mean", "std", "mask"):
+    for kind in ("q01", "q99", "q10", "q90", "min", "max", "mean", "std", "mask"):
         values = kinds.get(kind, [])
         if type(values) is not list or not all(type(x) in (bool, int, float) and abs(x) < math.inf for x in values):
             raise UserError(f"{folder}: the statistic {kind} of {feature} is no list of numbers but {values!r:.80}")
@@ -536,10 +778,10 @@ def published_tokenizer(folder: Path | None, config: dict) -> Tokenizer:
     name = TOKENIZERS[config["type"]]
     words = (config.get("vlm") or config["llm"])["vocab_size"]
     try:
-        tokenizer = Tokenizer.from_pretrained(name)
+        tokenizer = read_file(hub_folder(name, ["tokenizer.json"]) / "tokenizer.json")
         size = tokenizer.get_vocab_size()
         problem = f"it has {size} words, the checkpoint {words}" if size > words + 64 else None
-    except Exception as error:  # no network, no right to it: the library raises nothing narrower
+    except Exception as error:
         problem = error
     if problem:  # PaliGemma's has a few words without a row in the table, hence 64
         raise UserError(
@@ -626,6 +868,7 @@ def write_checkpoint(
     for file in folder.glob("model*.safetensors*"):
         if file.name not in plan.filename_to_tensors:
             file.unlink()  # of another number of shards
+    (folder / ADAPTER).unlink(missing_ok=True)  # in these weights now
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_file(folder / "model.safetensors.index.json", index)
@@ -701,6 +944,8 @@ def export_openvla(folder: Path, config: dict, stats: dict) -> dict:
 def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
     """Write lerobot's two processor pipelines, which hold the statistics -> its config.json."""
     stats = {feature: kinds for feature, kinds in stats.items() if feature in OPENPI_STATS}
+    if not config["discrete_state_input"]:
+        raise UserError("lerobot's pi0.5 has the state in its prompt, this policy does not: save it for openpi")
     modes = dict(config["normalization"])
     if config["convention"] != "lerobot":
         stats = {

@@ -12,6 +12,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,12 +30,13 @@ from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, Ll
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig, SiglipVisionEmbeddings
 
 import checkpoints
-from checkpoints import EMBED, HEADS, LM_HEAD, MODES, PALIGEMMA, UserError, affine, robot_dims
+from checkpoints import EMBED, HEADS, LM_HEAD, MODES, PALIGEMMA, UserError, affine, note, robot_dims
 
 # fmt: off
 VOCAB = 811  # of small_tokenizer
 NORMAL = {"normalization": {"observation.state": "QUANTILES", "action": "QUANTILES"}, "convention": "rlco"}
-PI05 = {**NORMAL, "type": "pi05", "max_token_len": 200, "num_steps": 4, "prompt_state_dim": 0}
+PI05 = {**NORMAL, "type": "pi05", "max_token_len": 200, "num_steps": 4, "discrete_state_input": True,
+        "prompt_state_dim": 0}
 TINY_GEMMA = {"depth": 3, "num_heads": 3, "num_kv_heads": 1, "head_dim": 32, "hidden_act": "silu"}
 TINY_VIT = {"embed_dim": 96, "depth": 3, "num_heads": 3, "mlp_hidden": 192}
 LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048}
@@ -56,8 +58,8 @@ PRESETS = {
         "action_expert": {"width": 1024, "depth": 18, "mlp_dim": 4096, "num_heads": 8, "num_kv_heads": 1,
                           "head_dim": 256}, "value_hidden": [512, 256, 128]},
     "tiny-openvla": {
-        **NORMAL, "type": "openvla", "predict_stop_token": False, "temperature": 1.0, "eval_temperature": 0.6,
-        "value_hidden": [128, 64],
+        **NORMAL, "type": "openvla", "center_crop": False, "predict_stop_token": False, "temperature": 1.0,
+        "eval_temperature": 0.6, "value_hidden": [128, 64],
         "action_dim": 7, "action_horizon": 4, "chunk": 4, "image_size": 64, "patch_size": 8,
         "real_vocab_size": VOCAB + 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "empty_token_id": 261,
         "dino": {**TINY_VIT, "reg_tokens": 4}, "siglip": TINY_VIT,
@@ -65,8 +67,8 @@ PRESETS = {
                 "intermediate_size": 256, "vocab_size": VOCAB + 320}},
     # Published OpenVLA-7B, which acts greedily; the value head is RL4VLA's, whose temperature of evaluation is 0.6.
     "openvla-7b": {
-        **NORMAL, "convention": "openvla", "type": "openvla", "predict_stop_token": True, "temperature": 1.0,
-        "eval_temperature": 0.0, "value_hidden": [512, 128],
+        **NORMAL, "convention": "openvla", "type": "openvla", "center_crop": False, "predict_stop_token": True,
+        "temperature": 1.0, "eval_temperature": 0.0, "value_hidden": [512, 128],
         "action_dim": 7, "action_horizon": 1, "chunk": 1, "image_size": 224, "patch_size": 14,
         "real_vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32000, "empty_token_id": 29871,
         "dino": {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_hidden": 4096, "reg_tokens": 4},
@@ -163,6 +165,15 @@ def resize(image: torch.Tensor, size: int, pad: bool, how: Image.Resampling) -> 
     return torch.from_numpy(out).to(image.device)
 
 
+def center_crop(image: torch.Tensor) -> torch.Tensor:
+    """uint8 [B,S,S,3] -> the middle 0.9 of its area at the same size, as OpenVLA's evaluation of models that were
+    trained with random crops: TensorFlow's crop_and_resize, and its rounding."""
+    line = torch.linspace(-(0.9**0.5), 0.9**0.5, image.shape[1], device=image.device)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).expand(len(image), -1, -1, -1)
+    pixels = F.grid_sample(image.permute(0, 3, 1, 2).float() / 255, grid, align_corners=True)
+    return (pixels.clamp(0, 1) * 255.5).to(torch.uint8).permute(0, 2, 3, 1)
+
+
 # ---- prompt -----------------------------------------------------------------------------------------------------
 
 WORDS = """Task State Action In What action should the robot take to Out push pull pick place put open close move lift
@@ -190,11 +201,32 @@ def small_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def pi05_prompt(prompt: str, state: np.ndarray) -> str:
+def pi05_prompt(prompt: str, state: np.ndarray | None) -> str:
     """openpi's template; the normalised state [S] as bin numbers 0..255, and -1 below the range."""
-    bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
     prompt = prompt.strip().replace("_", " ").replace("\n", " ")
+    if state is None:
+        return prompt
+    bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1
     return f"Task: {prompt}, State: {' '.join(map(str, bins))};\nAction: "
+
+
+def pi05_tokens(encode: Callable, prompts: list[str], state: np.ndarray | None, limit: int) -> list[list[int]]:
+    """Token ids of prompts with their normalised states [B,S], or None without (openpi then has a newline of its own
+    last). Where they are more than `limit`, the instruction is cut at its end, never what follows it."""
+    end = encode(["\n"])[0] if state is None else []
+    states = [None] * len(prompts) if state is None else state
+    short = prompts
+    while True:
+        rows = [[2, *ids, *end] for ids in encode([pi05_prompt(p, s) for p, s in zip(short, states)])]  # 2: BOS
+        excess = [max(0, len(row) - limit) for row in rows]
+        if not any(excess):
+            return rows
+        if any(over and not prompt for over, prompt in zip(excess, short)):
+            raise UserError(f"max_token_len {limit} is too short for the state alone")
+        for over, prompt in zip(excess, prompts):
+            if over:
+                note(f"the instruction {prompt!r} is too long for the {limit} tokens of a prompt: its end is cut off")
+        short = [prompt[: max(0, len(prompt) - over)] for prompt, over in zip(short, excess)]
 
 
 def pad_tokens(rows: list[list[int]], side: str, value: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -631,10 +663,11 @@ class Pi05(Policy):
 
     def tokens(self, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt token ids and validity [B,T]."""
-        state = normalize(obs["state"].float().cpu(), *self.stat("observation.state"))
-        state = F.pad(state, (0, max(0, self.config["prompt_state_dim"] - state.shape[1]))).numpy()
-        texts = [pi05_prompt(p, s) for p, s in zip(obs["prompt"], state)]
-        rows = [[2, *ids][: self.config["max_token_len"]] for ids in self.encode_text(texts)]  # PaliGemma's BOS
+        state = None
+        if self.config["discrete_state_input"]:
+            state = normalize(obs["state"].float().cpu(), *self.stat("observation.state"))
+            state = F.pad(state, (0, max(0, self.config["prompt_state_dim"] - state.shape[1]))).numpy()
+        rows = pi05_tokens(self.encode_text, obs["prompt"], state, self.config["max_token_len"])
         return pad_tokens(rows, "right", 0, self.device)
 
     def encode_prefix(self, obs: dict, feature: bool) -> Prefix:
@@ -837,7 +870,15 @@ class OpenVLA(Policy):
 
     def embed_patches(self, image: torch.Tensor) -> torch.Tensor:
         """uint8 [B,H,W,3] -> projected patches [B,P,width]"""
+        crop = self.config["center_crop"]
+        if crop is None:
+            raise UserError(
+                f"{self.source} was fine-tuned by OpenVLA's code, which crops the pictures of a model that was trained "
+                "with its augmentation: give load_policy(center_crop=True) or False, or write center_crop into its "
+                "config.json"
+            )
         image = resize(image.to(self.device), self.config["image_size"], pad=False, how=Image.Resampling.BICUBIC)
+        image = center_crop(image) if crop else image
         image = image.permute(0, 3, 1, 2).float() / 255
         mean, std = (image.new_tensor(c)[:, :, None, None] for c in (self.MEAN, self.STD))
         return self.project(*((image - m) / s for m, s in zip(mean, std)))
@@ -1007,9 +1048,13 @@ def load_policy(
         return policy
     folder = checkpoints.find_folder(name, PRESETS)
     tensors = checkpoints.read_tensors(folder)
-    config = checkpoints.read_config(folder, tensors, PRESETS)
-    policy = build(name, config, overrides, checkpoints.read_tokenizer(folder), "meta")
-    policy.stats = stats or checkpoints.read_stats(folder, policy.config)
+    home = checkpoints.settings_folder(folder)  # another than folder for an adapter without its base
+    config = checkpoints.read_config(home, tensors, PRESETS, overrides)
+    tokenizer = checkpoints.read_tokenizer(folder) or checkpoints.read_tokenizer(home)
+    policy = build(name, config, overrides, tokenizer, "meta")
+    checkpoints.settle_prompt(home, policy.config)
+    own = home if home == folder or not (folder / "dataset_statistics.json").is_file() else folder
+    policy.stats = stats or checkpoints.read_stats(own, policy.config)
     policy.source = folder
     load_weights(policy, tensors, dtype, device)
     return policy
@@ -1035,6 +1080,8 @@ def load_weights(policy: Policy, tensors: dict, dtype: torch.dtype | None, devic
         del tensors[LM_HEAD]
     for name, tensor in tensors.items():  # copied: file mappings are not aligned as CPU kernels want, and files change
         tensors[name] = tensor.to(device, policy.dtype_of(name, dtype), copy=True)
+        if not torch.stack(tensors[name].aminmax()).isfinite().all():
+            raise UserError(f"{policy.source} has NaN or infinity in {name}: it is broken, take an earlier checkpoint")
     policy.load_state_dict(tensors, strict=False, assign=True)
     for name, layer in policy.named_modules():
         if name.startswith(HEADS) and f"{name}.weight" not in tensors and isinstance(layer, nn.Linear):

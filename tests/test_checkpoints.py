@@ -10,7 +10,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -592,11 +591,294 @@ def test_another_models_tokenizer_is_refused(name, tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").unlink()
     for size, error in ((5000, "it has 5000 words, the checkpoint"), (P.VOCAB, None)):
         tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
-        hub = Mock(from_pretrained=Mock(return_value=tokenizer))
-        monkeypatch.setattr(C, "Tokenizer", hub)
+        hub = tmp_path / str(size)
+        hub.mkdir()
+        tokenizer.save(str(hub / "tokenizer.json"))
+        monkeypatch.setattr(C, "hub_folder", lambda name, files, hub=hub: hub)
         with pytest.raises(UserError, match=error) if error else nullcontext():
             P.load_policy(tmp_path).encode_text([PROMPT])
-        monkeypatch.undo()
+
+
+# ---- which weights, and under which names ------------------------------------------------------------------------
+
+
+def other_names(folder, rename):
+    """A policy whose tensors have other names in its folder -> its tensors under ours."""
+    policy = make("tiny-pi05")
+    policy.save(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): x for name, x in tensors.items()}, folder / "model.safetensors")
+    return policy.state_dict()
+
+
+OLD = ((".model.language_model.", ".language_model.model."), (".model.vision_tower.", ".vision_tower."))
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        *(lambda name, prefix=prefix: prefix + name for prefix in ("model.", "policy.model.", "module._orig_mod.")),
+        lambda name: name.replace(".paligemma.", "._orig_mod.paligemma._fsdp_wrapped_module."),
+        lambda name: "base_model.model." + name.replace("vision_tower.vision_model.", "vision_tower."),
+        lambda name: name.replace(*OLD[0]).replace(*OLD[1]).replace(".model.multi_modal", ".multi_modal"),
+    ],
+)
+def test_names_of_wrapped_models_and_of_other_versions(rename, tmp_path):
+    assert same(other_names(tmp_path, rename), P.load_policy(tmp_path).state_dict())
+
+
+def test_unknown_tensors_are_named(tmp_path):
+    other_names(tmp_path, lambda name: name.replace("paligemma", "gemma"))
+    with pytest.raises(UserError, match="neither pi0.5's .* nor OpenVLA's .*: they are action_in_proj.bias, ") as error:
+        P.load_policy(tmp_path)
+    assert "missing" not in str(error.value)
+    policy = make("tiny-pi05")
+    tensors = {k: v for k, v in policy.state_dict().items() if k != C.EMBED and not k.startswith(C.HEADS)}
+    both = tensors | {f"ema.{name}": x.clone() for name, x in tensors.items()}
+    policy.save(tmp_path)
+    save_file(both, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has two tensors .* keep one set"):
+        P.load_policy(tmp_path)
+
+
+def test_weights_beside_the_checkpoints_are_left_alone(tmp_path, capsys, monkeypatch):
+    policy = make("tiny-openvla")
+    policy.save(tmp_path)
+    stray = {"projector.fc1.weight": torch.zeros(2, 2)}
+    save_file(stray, tmp_path / "z_ema.safetensors")
+    assert same(P.load_policy(tmp_path).state_dict(), policy.state_dict())
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "z_ema.safetensors beside them is left alone" in said
+    monkeypatch.setitem(C.SHARD_SIZE, "openvla", "1MB")
+    policy.save(tmp_path, layout="openvla")
+    save_file(stray, tmp_path / "model.safetensors")  # the index goes before it
+    assert same(P.load_policy(tmp_path).state_dict(), policy.state_dict())
+    (tmp_path / "model.safetensors").unlink(), (tmp_path / "model.safetensors.index.json").unlink()
+    assert same(P.load_policy(tmp_path).state_dict(), policy.state_dict())
+    min(tmp_path.glob("model-*")).unlink()
+    with pytest.raises(UserError, match=r"has \d of the \d parts of its weights"):
+        P.load_policy(tmp_path)
+    for file in tmp_path.glob("model-*"):
+        file.unlink()
+    (tmp_path / "heads.safetensors").unlink(), (tmp_path / "z_ema.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="no \\*.safetensors file.*pytorch_model.bin is not read"):
+        P.load_policy(tmp_path)
+
+
+def test_adapters_are_put_on_their_base(tmp_path, capsys):
+    """Made, and merged, by peft: an adapter alone, beside its base, and as a state_dict of the whole model."""
+    from peft import LoraConfig, get_peft_model
+
+    policy = make("tiny-openvla")
+    policy.save(tmp_path / "base")
+    (tmp_path / "base/heads.safetensors").unlink()
+    settings = json.loads((tmp_path / "base/config.json").read_text())
+    del settings["value_hidden"]
+    C.write_file(tmp_path / "base/config.json", settings)
+    targets = ["q_proj", "up_proj", "projector.fc1", "qkv"]
+    scaled = dict(alpha_pattern={"projector.fc1": 5}, rank_pattern={"q_proj": 3}, use_rslora=True)
+    model = get_peft_model(policy, LoraConfig(r=4, lora_alpha=12, target_modules=targets, **scaled))
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = torch.randn_like(weight) * 0.1
+    model.peft_config["default"].base_model_name_or_path = "base"
+    model.save_pretrained(tmp_path / "alone", save_embedding_layers=False)
+    shutil.copytree(tmp_path / "base", tmp_path / "beside")
+    for file in (tmp_path / "alone").iterdir():
+        shutil.copy(file, tmp_path / "beside")
+    shutil.copytree(tmp_path / "base", tmp_path / "whole")
+    state = {k: v.clone() for k, v in model.state_dict().items() if "value_head" not in k}
+    save_file(state, tmp_path / "whole/model.safetensors")
+    with pytest.raises(UserError, match="no adapter_config.json with its lora_alpha"):
+        P.load_policy(tmp_path / "whole")
+    shutil.copy(tmp_path / "alone/adapter_config.json", tmp_path / "whole")
+    merged = {k: v for k, v in model.merge_and_unload().state_dict().items() if not k.startswith(C.HEADS)}
+    for name in ("alone", "beside", "whole"):
+        loaded = P.load_policy(tmp_path / name)
+        assert loaded.stats == policy.stats and not P.lora_layers(loaded)
+        for key, weight in merged.items():
+            torch.testing.assert_close(loaded.state_dict()[key], weight, msg=f"{name} {key}")
+    assert "adapter_model.safetensors is put on the weights beside it" in capsys.readouterr().err
+    loaded = P.load_policy(tmp_path / "beside")
+    loaded.save(tmp_path / "beside")  # once is enough
+    assert same(P.load_policy(tmp_path / "beside").state_dict(), loaded.state_dict())
+    shutil.move(tmp_path / "base", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is an adapter of base, which is no folder here"):
+        P.load_policy(tmp_path / "alone")
+
+
+# ---- what would act wrongly --------------------------------------------------------------------------------------
+
+
+def change(file, **fields):
+    C.write_file(file, json.loads(file.read_text()) | fields)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        (lambda f: change(f / "config.json", use_relative_actions=True), "was trained with use_relative_actions"),
+        (lambda f: change(f / "config.json", use_visual_memory=True), "was trained with use_visual_memory"),
+        (lambda f: change(f / "config.json", type="smolvla"), "is a smolvla policy"),
+        (lambda f: (f / "action_head--150000_checkpoint.pt").touch(), "is an OpenVLA-OFT.*action_head--150000"),
+        (lambda f: (f / "modeling_prismatic.py").write_text("NUM_ACTIONS_CHUNK"), "is an OpenVLA-OFT"),
+        (
+            lambda f: change(f / "policy_preprocessor.json", steps=[{"registry_name": "se3_step"}]),
+            "was trained with the step se3_step of its processors",
+        ),
+    ],
+)
+def test_what_would_act_wrongly_is_refused_by_name(what, message, tmp_path):
+    lerobot_made(tmp_path, "0.6.1")
+    P.load_policy(tmp_path)
+    what(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        P.load_policy(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_quantised_weights_are_one_line(dtype, tmp_path):
+    make("tiny-pi05").save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["action_in_proj.weight"] = tensors["action_in_proj.weight"].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"quantised weights, {kind} \(action_in_proj.weight\): save the model in"):
+        P.load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_broken_numbers_are_one_line(dtype, value, tmp_path):
+    make("tiny-pi05").save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["action_in_proj.weight"] = tensors["action_in_proj.weight"].to(dtype)
+    tensors["action_in_proj.weight"][3, 2] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has NaN or infinity in action_in_proj.weight"):
+        P.load_policy(tmp_path)
+
+
+def test_broken_statistics_are_one_line(tmp_path):
+    policy = make("tiny-pi05")
+    policy.stats["action"] = {**policy.stats["action"], "q99": [0.1] * 6 + [float("nan")]}
+    policy.save(tmp_path)
+    with pytest.raises(UserError, match="the statistic q99 of action is no list of numbers"):
+        P.load_policy(tmp_path)
+
+
+# ---- what openpi and RLinf leave to be known ---------------------------------------------------------------------
+
+
+class Harmful:
+    """What a pickle can do to whoever reads it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def openpi_made(folder, **model):
+    """A folder as openpi's trainer writes it: weights, statistics, and a pickle of its configuration, no config.json.
+    The small model's sizes are those of the preset then, which stands for openpi's own."""
+    policy = make("tiny-pi05")
+    padded = {kind: values + [-1e-10] * 25 for kind, values in policy.stats["action"].items()}
+    policy.stats = {"action": padded, "observation.state": padded}  # as RLinf's for RL-Co
+    policy.config["action_dim"] = 32
+    policy.action_in_proj = torch.nn.Linear(32, 128)
+    policy.action_out_proj = torch.nn.Linear(128, 32)
+    policy.config["convention"] = "openpi"
+    policy.save(folder, layout="openpi")
+    for name in ("config.json", "stats.json", "heads.safetensors"):
+        (folder / name).unlink()
+    config = {"name": "pi05", "model": model, "assets": Path("a"), "filter": Harmful(folder / "harmed"), "data": {}}
+    torch.save({"global_step": 9, "config": config, "weights": torch.ones(2)}, folder / "metadata.pt")
+    return policy
+
+
+@pytest.fixture
+def tiny_is_published(monkeypatch):
+    monkeypatch.setitem(P.PRESETS, "pi05", {**P.PRESETS["tiny-pi05"], "action_dim": 32})
+
+
+@torch.no_grad()
+def test_openpis_metadata_is_read_and_not_run(tmp_path, capsys, tiny_is_published):
+    openpi_made(tmp_path, action_horizon=7, discrete_state_input=False, pi05=True)
+    policy = P.load_policy(tmp_path)
+    assert policy.horizon == 7 and policy.config["discrete_state_input"] is False
+    assert not (tmp_path / "harmed").exists() and capsys.readouterr().err == ""
+    (tmp_path / "metadata.pt").write_bytes(b"no pickle")
+    policy = P.load_policy(tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and "metadata.pt is not understood" in said[0]
+    assert "assumed are action_horizon 4, chunk 4, num_steps 4, max_token_len 200" in said[1]
+    assert "assumed is discrete_state_input=False" in said[2]  # the statistics are padded
+    assert P.load_policy(tmp_path, discrete_state_input=True, action_horizon=5).horizon == 5
+    torch.save({"config": {"model": {}, "data": {"extra_delta_transform": True}}}, tmp_path / "metadata.pt")
+    with pytest.raises(UserError, match="was trained with extra_delta_transform"):
+        P.load_policy(tmp_path)
+
+
+@torch.no_grad()
+def test_stateless_prompts_and_padded_statistics(tmp_path, tiny_is_published):
+    """RLinf's pi0.5 for RL-Co: openpi's prompt without a state is the instruction and a newline, which is a text of its
+    own, and its statistics are of 32 numbers, of which the robot has 7."""
+    case = json.loads((DATA / "pi05/golden_prompts.json").read_text())["cases"][-1]
+    calls = [call["text"] for call in case["encoded_calls"]]
+    made = openpi_made(tmp_path / "in", action_horizon=4, discrete_state_input=False)
+    P.load_policy(tmp_path / "in").save(tmp_path / "own")
+    P.load_policy(tmp_path / "own").save(tmp_path / "out", layout="openpi")
+    for name in ("in", "own", "out"):
+        policy = P.load_policy(tmp_path / name)
+        policy.tokenizer = made.tokenizer
+        obs = make_obs(policy, [case["prompt"]])
+        ids, mask = policy.tokens(obs)
+        expected = [policy.tokenizer.encode(text, add_special_tokens=False).ids for text in calls]
+        assert ids[0].tolist() == [2, *expected[0], *expected[1]] and mask.all()
+        assert policy.moving_dims == list(range(7))
+        torch.manual_seed(2)
+        decision = policy.act(obs, sample=True)
+        low, high = (made_stats[:7] for made_stats in (made.stats["action"]["q01"], made.stats["action"]["q99"]))
+        low, width = torch.tensor(low), torch.tensor(high) - torch.tensor(low) + 1e-6
+        expected = (decision.latent[:, -1, :, :7] + 1) / 2 * width + low
+        torch.testing.assert_close(decision.actions, expected)
+        action = P.normalize(decision.actions, *policy.stat("action"))
+        assert action.shape[-1] == 32 and (action[..., 7:] < -0.99).all()  # as openpi pads before it normalises
+        assert torch.isfinite(policy.sft_loss(make_batch(policy, MIXED)))
+    with pytest.raises(UserError, match="lerobot's pi0.5 has the state in its prompt"):
+        policy.save(tmp_path / "lerobot", layout="lerobot")
+    stated = P.load_policy(tmp_path / "in", discrete_state_input=True)
+    stated.tokenizer = made.tokenizer
+    (text,) = prompts(stated, obs)
+    assert text.split(";")[0].split()[-25:] == ["0"] * 25  # zeros, which the statistics of nothing make -1
+
+
+def test_center_crop_is_the_checkpoints(tmp_path):
+    """OpenVLA's evaluation crops where its fine-tuning augmented, which the folder's name says, or nobody."""
+    with np.load(DATA / "openvla/center_crop.npz") as crop:  # by TensorFlow, as in OpenVLA's experiments/robot
+        ours = P.center_crop(torch.from_numpy(crop["image"])).int()
+        error = (ours - torch.from_numpy(crop["cropped"]).int()).abs()
+    assert error.max() <= 1 and (error > 0).float().mean() < 0.01
+    for name, statistics, crop in (("base", False, False), ("tuned", True, None), ("tuned--image_aug", True, True)):
+        shutil.copytree(DATA / "openvla", tmp_path / name)
+        if statistics:
+            (tmp_path / name / "dataset_statistics.json").write_text(json.dumps({"mine": {"action": {}}}))
+        policy = P.load_policy(tmp_path / name)
+        assert policy.config["center_crop"] is crop
+        image = make_obs(policy, [PROMPT])["image"]
+        if crop is None:
+            with pytest.raises(UserError, match=r"give load_policy\(center_crop=True\) or False, or write"):
+                policy.embed_patches(image)
+            change(tmp_path / name / "config.json", center_crop=False)
+            policy = P.load_policy(tmp_path / name)
+        plain = P.load_policy(tmp_path / name, center_crop=False).embed_patches(P.center_crop(image) if crop else image)
+        assert torch.equal(policy.embed_patches(image), plain)
+        policy.save(tmp_path / "saved" / name)
+        assert P.load_policy(tmp_path / "saved" / name).config["center_crop"] is bool(crop)
 
 
 def test_clear_errors(tmp_path, monkeypatch):

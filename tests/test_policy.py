@@ -456,6 +456,25 @@ def test_gradient_checkpointing_changes_nothing(name):
         torch.testing.assert_close(a, b)
 
 
+def test_a_long_instruction_loses_its_end_and_not_its_state(capsys):
+    policy = make("tiny-pi05", max_token_len=40)
+    obs = make_obs(policy, [PROMPT, "pick up " + "the red block and " * 20 + "place it"])
+    ids, mask = policy.tokens(obs)
+    text = [policy.tokenizer.decode(row[m].tolist()[1:], skip_special_tokens=False) for row, m in zip(ids, mask)]
+    assert ids.shape[1] == 40 and text[0].startswith(f"Task: {PROMPT}, State: ")
+    assert text[1].startswith("Task: pick up the red block and the red")
+    for line in text:
+        assert len(line.split("State: ")[1].split(";")[0].split()) == 7 and line.endswith(";\nAction: ")
+    policy.tokens(obs)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "is too long for the 40 tokens of a prompt: its end is cut off" in said
+    policy = make("tiny-pi05", max_token_len=8)
+    with pytest.raises(UserError, match="max_token_len 8 is too short for the state alone"):
+        policy.tokens(obs)
+    policy = make("tiny-pi05", max_token_len=8, discrete_state_input=False)
+    assert policy.tokens(obs)[0][1, -1] == policy.tokenizer.token_to_id("\n")
+
+
 def test_small_tokenizer():
     tokenizer = P.small_tokenizer()
     assert tokenizer.get_vocab_size() == P.VOCAB
