@@ -1180,9 +1180,7 @@ def _end_with_parent():
 def _demonstrate_block(task, domain, seeds, settings):
     import envs
 
-    # PhysX keeps traces of earlier episodes over a reset (1e-5 m after a contact). A new scene for every block makes
-    # episodes depend on their seeds, and not on which worker was faster; for every episode it would be slow.
-    return [envs.demonstrate(task, domain, seed, fresh=seed == seeds[0], **settings) for seed in seeds]
+    return [envs.demonstrate(task, domain, seed, **settings) for seed in seeds]
 
 
 def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict]:
@@ -1251,7 +1249,7 @@ def _demonstrate_everything(first_seed, settings, number):
     domain = envs.random_domain(first_seed + number)
     seeds = range(first_seed + EPISODES_PER_DOMAIN * number, first_seed + EPISODES_PER_DOMAIN * (number + 1))
     starts = [(task, seed) for task in envs.TASKS for seed in seeds]
-    episodes = [envs.demonstrate(task, domain, seed, seed == seeds[0], **settings) for task, seed in starts]
+    episodes = [envs.demonstrate(task, domain, seed, **settings) for task, seed in starts]
     return [episode for episode in episodes if episode["success"]]
 
 

@@ -595,6 +595,31 @@ class TabletopEnv(BaseEnv):
         """Position [B,3] and rotation [B,3,3] of a TCP that points down."""
         return position.to(self.device), POINTING_DOWN.to(self.device).expand(len(position), 3, 3)
 
+    def _clear_sim_state(self):
+        if not self.gpu_sim_enabled:
+            self._forget()
+        super()._clear_sim_state()
+
+    def _forget(self):
+        """Give the scene a new PhysX (0.3 ms): the old one remembers contacts and the order of bodies, and an episode
+        would depend on those before it. What the bodies themselves remember is how soon they fall asleep."""
+        scene = self.scene.sub_scenes[0]
+        entities = scene.entities
+        system = sapien.physx.PhysxCpuSystem()
+        system.timestep = self.scene.timestep
+        anew = sapien.Scene([system, *([scene.render_system] if self.scene.can_render() else [])])
+        for entity in entities:
+            scene.remove_entity(entity)
+        for entity in entities:
+            anew.add_entity(entity)
+        self.scene.sub_scenes[0] = anew
+        self.scene.px = system
+        movable = [actor._bodies[0] for actor in self.scene.actors.values() if actor.px_body_type == "dynamic"]
+        movable += [articulation.root._bodies[0] for articulation in self.scene.articulations.values()]
+        for body in movable:
+            body.put_to_sleep()
+            body.wake_up()
+
     def _initialize_episode(self, env_idx, options):
         # ManiSkill has seeded torch with the episode's seed. The draws below decide what a seed looks like: their order
         # is part of every dataset and result.
@@ -1157,9 +1182,8 @@ def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
 _cached: dict = {}  # a process that demonstrates keeps an environment a task: making one takes seconds
 
 
-def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False, **kwargs) -> dict:
-    """One episode of the scripted demonstrator, rendered at every control step; `fresh` builds the scene anew. `kwargs`
-    are those of `make`.
+def demonstrate(task: str, domain: Domain, seed: int, **kwargs) -> dict:
+    """One episode of the scripted demonstrator, rendered at every control step. `kwargs` are those of `make`.
 
     -> image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what was seen
     and then done at control step t.
@@ -1168,9 +1192,9 @@ def demonstrate(task: str, domain: Domain, seed: int, fresh: bool = False, **kwa
     if key not in _cached:
         _cached[key] = make(task, domain, **kwargs)
     env = _cached[key]
-    fresh |= env.domain != domain
+    another = env.domain != domain
     env.domain = domain
-    env.reset(seed=[seed], options=dict(reconfigure=fresh))
+    env.reset(seed=[seed], options=dict(reconfigure=another))
     steps = []
     for action in env.demonstrator(np.random.default_rng(seed)):
         obs = env.observe()
@@ -1235,8 +1259,9 @@ class VecEnv:
     """Environments of one task in worker processes, stepped a chunk at a time, reset by themselves.
 
     An observation is image uint8 [B,H,W,3], state float32 [B,7] (`proprioceptive_state`) and prompt, B strings; an
-    action is that of `DeltaPoseController`. Every episode has a seed, which alone decides its initial state and its
-    camera's noise. Stage II needs `reset`, `step`, `num_envs` and `max_episode_steps`; `play` is for evaluation.
+    action is that of `DeltaPoseController`. Every episode has a seed; with the actions it decides all of it, to
+    the last bit, whatever its scene played before. Stage II needs `reset`, `step`, `num_envs` and `max_episode_steps`;
+    `play` is for evaluation.
 
     The processes start in the background, in some ten seconds; the first `reset` waits for them.
     """
@@ -1317,7 +1342,7 @@ class VecEnv:
         -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds; snapshots, a list
         [N] of lists of `TabletopEnv.snapshot` [D], one a control step; with `video` frames, the same of [H,W,3]. The
         same program plays them the same way every time. In another order, or in another number of environments, a
-        policy that samples draws other noise, and PhysX solves contacts in another order.
+        policy that samples draws other noise.
         """
         n = len(seeds)
         success = np.zeros(n, bool)
