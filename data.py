@@ -435,6 +435,12 @@ def load_dataset(
             raise UserError(f"{episode.image_file}: missing; the images of episode {episode.index} are in it")
 
     image_shape = (image_size, image_size, 3) if image_size else meta.image_shape
+    if image_size and image_size > min(meta.image_shape[:2]):
+        height, width, _ = meta.image_shape
+        raise UserError(
+            f"{path} has pictures of {height} x {width} pixels, the policy sees {image_size}: "
+            f"collect or record it with --image-size {image_size} (and another --out), or choose a smaller policy"
+        )
     if image_shape != meta.image_shape:
         shapes = ["{} x {}".format(*shape[:2]) for shape in (meta.image_shape, image_shape)]
         meta.notes.append(f"the square middle of its {shapes[0]} pixels is scaled to {shapes[1]}")
@@ -1049,9 +1055,9 @@ def _decode_video(path, times):
         yield to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
-def collect_missing(args) -> None:
+def collect_missing(args, image_size: int) -> None:
     """Collect the default demonstrations of a task if some are missing that `args`, a script's, put no others in place
-    of (sim, real, real_val)."""
+    of (sim, real, real_val); with pictures of `image_size` pixels."""
     needed = []
     if args.alpha > 0 and not args.sim:
         needed.append(demos_path(args.task, "twin"))
@@ -1060,25 +1066,25 @@ def collect_missing(args) -> None:
     if not args.real and not args.real_val:
         needed.append(demos_path(args.task, args.target, held_out=True))
     if not all(path.exists() for path in needed):
-        collect(CollectArgs(task=args.task, target=args.target, render=args.render))
+        collect(CollectArgs(task=args.task, target=args.target, render=args.render, image_size=image_size))
 
 
-def open_sim(args) -> Demonstrations:
-    """The simulated demonstrations that a script's args (task, sim) name."""
+def open_sim(args, image_size: int) -> Demonstrations:
+    """The simulated demonstrations that a script's args (task, sim) name, with pictures of `image_size` pixels."""
     import envs
 
-    return load_dataset(args.sim or demos_path(args.task, "twin"), fps=envs.CONTROL_HZ, image_size=envs.IMAGE_SIZE)
+    return load_dataset(args.sim or demos_path(args.task, "twin"), fps=envs.CONTROL_HZ, image_size=image_size)
 
 
-def open_real(args, train: bool) -> tuple[Demonstrations | None, Demonstrations]:
+def open_real(args, image_size: int, train: bool) -> tuple[Demonstrations | None, Demonstrations]:
     """The real demonstrations that a stage trains on (None without `train`), and others, on which it only measures.
 
-    `args` are a script's: task, target, real, num_real, real_val, camera. Of a dataset of one's own without a real_val
-    the last tenth of the episodes is held out.
+    `args` are a script's: task, target, real, num_real, real_val, camera; pictures get `image_size` pixels. Of a
+    dataset of one's own without a real_val the last tenth of the episodes is held out.
     """
     import envs
 
-    given = dict(fps=envs.CONTROL_HZ, image_size=envs.IMAGE_SIZE, camera=args.camera)
+    given = dict(fps=envs.CONTROL_HZ, image_size=image_size, camera=args.camera)
     path = args.real or demos_path(args.task, args.target)
     if args.real_val or not args.real:
         held_out = load_dataset(args.real_val or demos_path(args.task, args.target, held_out=True), **given)
@@ -1293,6 +1299,8 @@ class CollectArgs:
     video: bool = False
     """Store the frames as H.264 video, several times smaller and slightly lossy, instead of as PNG columns, which are
     exact."""
+    image_size: int = 64
+    """Side of the square pictures, pixels. A policy needs its own at least: 64 for the tiny ones, 224 for full size."""
     render: Literal["auto", "cpu", "gpu"] = "auto"
     """Where pictures are rendered. auto is the GPU if it can render one."""
     debug: bool = False
@@ -1303,7 +1311,7 @@ def collect(args: CollectArgs) -> None:
     """The datasets that CollectArgs describes; UserError for a task or target that is not there."""
     import envs
 
-    settings = dict(render=envs.find_renderer(args.render))
+    settings = dict(image_size=args.image_size, render=envs.find_renderer(args.render))
     if args.domains is not None:
         if args.domains < 1:
             raise UserError("--domains: at least 1")

@@ -288,8 +288,8 @@ def greedy(policy: Policy) -> Callable:
     return act
 
 
-def make_world(args: StandinArgs, domain: str) -> envs.VecEnv:
-    looks = dict(variation=args.variation, render=args.render)
+def make_world(args: StandinArgs, domain: str, image_size: int) -> envs.VecEnv:
+    looks = dict(variation=args.variation, image_size=image_size, render=args.render)
     return envs.VecEnv(args.task, envs.DOMAINS[domain], args.num_envs, **looks)
 
 
@@ -313,7 +313,7 @@ def standin(args: StandinArgs) -> None:
     for domain in domains:
         for name, policy in policies.items():
             # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
-            world = make_world(args, domain)
+            world = make_world(args, domain, policy.image_size)
             with closing(world):
                 played = world.play(greedy(policy), seeds, f"{name}, {domain}")
             success = played["success"].tolist()

@@ -174,6 +174,17 @@ def center_crop(image: torch.Tensor) -> torch.Tensor:
     return (pixels.clamp(0, 1) * 255.5).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+def require_pixels(image: torch.Tensor, size: int) -> None:
+    """UserError if pictures [...,H,W,3] are smaller than a policy takes: enlarged ones are blurred, and it would suffer
+    without a word."""
+    if max(image.shape[-3:-1]) < size:
+        height, width = image.shape[-3:-1]
+        raise UserError(
+            f"pictures of {height} x {width} pixels for a policy that sees {size}: collect, record or send larger ones "
+            f"(--image-size {size})"
+        )
+
+
 # ---- prompt -----------------------------------------------------------------------------------------------------
 
 WORDS = """Task State Action In What action should the robot take to Out push pull pick place put open close move lift
@@ -346,6 +357,11 @@ class Policy(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that it sees, pixels; larger ones are scaled down, smaller ones refused."""
+        return self.config.get("vision", self.config)["image_size"]
 
     def stat(self, key: str) -> tuple[dict, str, str]:
         """Statistics of "action" or "observation.state", and how they normalise, for `normalize`; or UserError."""
@@ -678,8 +694,8 @@ class Pi05(Policy):
         image = obs["image"].to(self.device)
         image = (image[:, None] if image.ndim == 4 else image).transpose(0, 1)
         present = obs["image_mask"].T.to(self.device) if "image_mask" in obs else image.new_ones(image.shape[:2]).bool()
-        size = self.config["vision"]["image_size"]
-        pixels = resize(image.flatten(0, 1), size, pad=True, how=Image.Resampling.BILINEAR)
+        require_pixels(image, self.image_size)
+        pixels = resize(image.flatten(0, 1), self.image_size, pad=True, how=Image.Resampling.BILINEAR)
         pixels = (pixels.permute(0, 3, 1, 2).float() / 255 * 2 - 1).unflatten(0, image.shape[:2])
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_prefix):
             return self.prefix(*self.embed_prefix(pixels, present, *self.tokens(obs)), feature)
@@ -877,7 +893,8 @@ class OpenVLA(Policy):
                 "with its augmentation: give load_policy(center_crop=True) or False, or write center_crop into its "
                 "config.json"
             )
-        image = resize(image.to(self.device), self.config["image_size"], pad=False, how=Image.Resampling.BICUBIC)
+        require_pixels(image, self.image_size)
+        image = resize(image.to(self.device), self.image_size, pad=False, how=Image.Resampling.BICUBIC)
         image = center_crop(image) if crop else image
         image = image.permute(0, 3, 1, 2).float() / 255
         mean, std = (image.new_tensor(c)[:, :, None, None] for c in (self.MEAN, self.STD))
@@ -1058,6 +1075,15 @@ def load_policy(
     policy.source = folder
     load_weights(policy, tensors, dtype, device)
     return policy
+
+
+def apply_defaults(args, policy: Policy, defaults: dict[str, dict]) -> None:
+    """Set each option of `args` that is None to that of `defaults` for the policy: "tiny" below 100 million weights,
+    else its family's."""
+    size = sum(weight.numel() for weight in policy.parameters())
+    for name, value in defaults["tiny" if size < 1e8 else policy.config["type"]].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def build(name: str | Path, config: dict, overrides: dict, tokenizer: Tokenizer | None, device) -> Policy:

@@ -28,7 +28,15 @@ import data
 import envs
 import machines
 from checkpoints import UserError
-from policy import AdamW, concat_obs, index_obs, load_policy
+from policy import AdamW, apply_defaults, concat_obs, index_obs, load_policy
+
+# What an option is that nobody gave: for the tiny policies what was found here, at full size what was published (pi0.5:
+# RLinf's RL-Co example; OpenVLA: RL4VLA, with --train lora).
+DEFAULTS = {
+    "tiny": dict(lr=2e-5, value_lr=3e-3, update_epochs=2, minibatch_size=256, entropy_coef=0.0, max_grad_norm=1.0),
+    "pi05": dict(lr=4e-6, value_lr=2e-4, update_epochs=2, minibatch_size=256, entropy_coef=0.005, max_grad_norm=1.0),
+    "openvla": dict(lr=1e-4, value_lr=3e-3, update_epochs=1, minibatch_size=640, entropy_coef=0.0, max_grad_norm=10.0),
+}
 
 
 @dataclass
@@ -62,10 +70,10 @@ class Args:
     randomize: bool = False
     """Act in randomised twins, each changed towards a random domain of its own, for when RL learns what holds in the
     twin alone. Validation stays in the twin."""
-    update_epochs: int = 2
+    update_epochs: int | None = None
     """Passes over a rollout. More learn more from it, until the KL divergence stops them."""
-    minibatch_size: int = 256
-    """Decisions (chunks) in a gradient step."""
+    minibatch_size: int | None = None
+    """Decisions (chunks) in a gradient step (default: DEFAULTS)."""
     anchor_batch_size: int = 64
     """Real samples in a gradient step."""
     accumulate: int = 1
@@ -75,10 +83,10 @@ class Args:
     action projections. What trains of them is updated in float32 copies."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third more time, much less memory."""
-    lr: float = 2e-5
-    """Learning rate of the policy. Also used: 1.5e-4 with --train expert, 5e-5 for tiny-openvla."""
-    value_lr: float = 3e-3
-    """Learning rate of the critic, the value head, which starts from random weights."""
+    lr: float | None = None
+    """Learning rate of the policy (default: DEFAULTS). Also used: 1.5e-4 with --train expert, 5e-5 for tiny-openvla."""
+    value_lr: float | None = None
+    """Learning rate of the critic, the value head, which starts from random weights (default: DEFAULTS)."""
     gamma: float = 0.99
     """Discount of a decision (chunk)."""
     gae_lambda: float = 0.95
@@ -91,10 +99,10 @@ class Args:
     """Error of the value from which on its loss is linear."""
     value_coef: float = 0.5
     """Weight of the value loss."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus. Raise it when exploration dies before success has come."""
-    max_grad_norm: float = 1.0
-    """Norm that gradients are clipped to, policy and critic together."""
+    entropy_coef: float | None = None
+    """Weight of the entropy bonus (default: DEFAULTS). Raise it when exploration dies before success has come."""
+    max_grad_norm: float | None = None
+    """Norm that gradients are clipped to, policy and critic together (default: DEFAULTS)."""
     target_kl: float = 0.05
     """An iteration's update ends before the gradient step whose approximate KL divergence exceeds it (of the
     log-probability that the ratio is made of: the mean over pi0.5's denoising chain, over OpenVLA's actions)."""
@@ -297,18 +305,17 @@ def rollout_metrics(experience: dict, seconds: float) -> dict:
 def main(args: Args):
     if args.policy == Args.policy and not Path(args.policy).exists():
         raise UserError(f"{args.policy}: no stage I checkpoint; `python train_sft.py` makes it")
-    counts = "iterations num_envs update_epochs minibatch_size anchor_batch_size accumulate"
-    counts += " eval_every eval_episodes eval_envs"
+    counts = "iterations num_envs anchor_batch_size accumulate eval_every eval_episodes eval_envs"
     too_small = [name for name in counts.split() if getattr(args, name) < 1]
     if too_small:
         raise UserError(f"{', '.join(too_small)}: at least 1")
-    if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
-        raise UserError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
-
-    real, held_out = data.open_real(args, train=args.beta > 0)
     torch.manual_seed(args.seed)
     device = machines.find_device(args.device)
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
+    apply_defaults(args, policy, DEFAULTS)
+    if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
+        raise UserError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
+    real, held_out = data.open_real(args, policy.image_size, train=args.beta > 0)
     policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
     critic = list(policy.value_head.parameters())
@@ -344,9 +351,10 @@ def main(args: Args):
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     writer = SummaryWriter(args.out / "tensorboard", purge_step=start)
     domains = [envs.random_twin(args.seed + i) if args.randomize else envs.TWIN for i in range(args.num_envs)]
-    training = envs.VecEnv(args.task, domains, args.num_envs, render=args.render)
-    twin = envs.VecEnv(args.task, envs.TWIN, args.eval_envs, render=args.render) if args.randomize else training
-    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, render=args.render)
+    pictures = dict(image_size=policy.image_size, render=args.render)
+    training = envs.VecEnv(args.task, domains, args.num_envs, **pictures)
+    twin = envs.VecEnv(args.task, envs.TWIN, args.eval_envs, **pictures) if args.randomize else training
+    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, **pictures)
     decisions = math.ceil(training.max_episode_steps / policy.chunk)  # a rollout holds the longest episode
     print(
         f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "

@@ -27,7 +27,15 @@ import data
 import envs
 import machines
 from checkpoints import UserError
-from policy import AdamW, index_obs, load_policy
+from policy import AdamW, apply_defaults, index_obs, load_policy
+
+# What an option is that nobody gave. The tiny policies begin at random weights, those of full size at pretrained ones:
+# the rates are openpi's for fine-tuning pi0.5 and those of OpenVLA's authors with LoRA.
+DEFAULTS = {
+    "tiny": dict(lr=1e-3, weight_decay=1e-4),
+    "pi05": dict(lr=2.5e-5, weight_decay=1e-10),
+    "openvla": dict(lr=5e-4, weight_decay=0.0),
+}
 
 
 @dataclass
@@ -67,10 +75,10 @@ class Args:
     action projections. What trains of them is updated in float32 copies."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: a third more time, much less memory."""
-    lr: float = 1e-3
-    """Peak learning rate; 2 % linear warm-up, then a cosine to a tenth. Far too high for a pretrained policy."""
-    weight_decay: float = 1e-4
-    """Weight decay of AdamW."""
+    lr: float | None = None
+    """Peak learning rate; 2 % linear warm-up, then a cosine to a tenth (default: DEFAULTS, by the policy's size)."""
+    weight_decay: float | None = None
+    """Weight decay of AdamW (default: DEFAULTS)."""
     max_grad_norm: float = 1.0
     """Norm that gradients are clipped to, all weights together."""
     evaluations: int = 2
@@ -101,15 +109,15 @@ def main(args: Args):
     too_small = [name for name in counts if getattr(args, name) < 1]
     if too_small:
         raise UserError(f"{', '.join(too_small)}: at least 1")
-    data.collect_missing(args)
-    real, held_out = data.open_real(args, train=args.alpha < 1)
-    sim = data.open_sim(args) if args.alpha > 0 else None
-    trained_on = [dataset for dataset in (real, sim) if dataset is not None]
-
     torch.manual_seed(args.seed)
     device = machines.find_device(args.device)
-    dtype = torch.bfloat16 if args.bf16 else None
-    policy = load_policy(args.policy, stats=data.statistics(real, sim, args.alpha), dtype=dtype, device=device)
+    policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
+    apply_defaults(args, policy, DEFAULTS)
+    data.collect_missing(args, policy.image_size)
+    real, held_out = data.open_real(args, policy.image_size, train=args.alpha < 1)
+    sim = data.open_sim(args, policy.image_size) if args.alpha > 0 else None
+    trained_on = [dataset for dataset in (real, sim) if dataset is not None]
+    policy.stats = data.statistics(real, sim, args.alpha)
     policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
     trainable = [p for p in policy.parameters() if p.requires_grad]
@@ -154,8 +162,9 @@ def main(args: Args):
         wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
     # What was logged at `step` stays: the step was finished.
     writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1)
-    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, render=args.render)
-    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs, render=args.render)
+    pictures = dict(image_size=policy.image_size, render=args.render)
+    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, **pictures)
+    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs, **pictures)
     print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
 
     # A generator of its own: the global one stays where resuming put it.

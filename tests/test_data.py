@@ -278,6 +278,8 @@ def test_pictures_become_the_twins_size(folder, max_bytes, capsys):
     middle = whole.frames[:, :, 8:40].reshape(25, 16, 2, 16, 2, 3).mean((2, 4))
     assert np.abs(demos.frames[np.arange(25)] - middle).max() <= 0.5
     np.testing.assert_array_equal(demos.part(2, 4).frames[np.arange(3)], demos.frames[np.arange(8, 11)])
+    with pytest.raises(UserError, match="has pictures of 32 x 48 pixels, the policy sees 64: .* --image-size 64"):
+        load_dataset(folder / "image", max_bytes, image_size=64)
 
 
 # ---- other people's units -----------------------------------------------------------------------------------------
@@ -526,19 +528,19 @@ def test_the_last_tenth_is_held_out(folder, monkeypatch, capsys):
     args = SimpleNamespace(
         task="push_cube", target="standin", real=folder / "image", real_val=None, num_real=None, camera=None
     )
-    whole = load_dataset(folder / "image", fps=10, image_size=64)
-    real, held_out = data.open_real(args, train=True)
+    whole = load_dataset(folder / "image", fps=10, image_size=16)
+    real, held_out = data.open_real(args, 16, train=True)
     assert "its last 1 of 4 episodes are held out" in capsys.readouterr().out
     for part, rows in ((real, slice(0, 20)), (held_out, slice(20, 25))):
         np.testing.assert_array_equal(part.state, whole.state[rows])
         np.testing.assert_array_equal(part.frames, whole.frames[rows])
     args.num_real = 2
-    assert data.open_real(args, train=True)[0].bounds.tolist() == [0, 7, 8]
+    assert data.open_real(args, 16, train=True)[0].bounds.tolist() == [0, 7, 8]
     args.num_real = 4
     with pytest.raises(UserError, match="last 1 are held out: use at most 3, or name others with --real-val"):
-        data.open_real(args, train=True)
+        data.open_real(args, 16, train=True)
     args.real_val = folder / "video"
-    real, held_out = data.open_real(args, train=False)
+    real, held_out = data.open_real(args, 16, train=False)
     assert real is None and len(held_out) == 25
 
 

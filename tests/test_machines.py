@@ -12,9 +12,10 @@ from test_scripts import Noise
 
 import envs
 import train_rlco
+import train_sft
 from checkpoints import UserError
 from machines import find_device
-from policy import AdamW, load_policy
+from policy import AdamW, apply_defaults, load_policy
 
 
 @pytest.mark.parametrize("mistake", [lambda x: x.numpy(), np.asarray, lambda x: x + torch.ones(3), torch.ones(3).add])
@@ -99,3 +100,24 @@ def test_an_iteration_of_stage_2_on_a_gpu(name, part):
             before = trained[-1].detach().cpu().clone()
             log = train_rlco.update(policy, optimizer, experience, [real] * 9, 0, False, args)
             assert log["time/updates"] == 2 and not torch.equal(trained[-1].detach().cpu(), before)
+
+
+@pytest.mark.parametrize("name", ["tiny-pi05", "tiny-openvla"])
+def test_small_pictures_are_refused_and_large_ones_scaled(name):
+    policy = load_policy(name, stats=STATS)
+    obs = make_rollout(policy, n=2)[0]["obs"]
+    assert policy.image_size == 64
+    large = dict(obs, image=obs["image"].repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert policy.act(large, sample=False).actions.shape == (2, 4, 7)
+    with pytest.raises(UserError, match="pictures of 32 x 32 pixels for a policy that sees 64"):
+        policy.act(dict(obs, image=obs["image"][:, ::2, ::2]), sample=False)
+
+
+def test_defaults_follow_the_policy():
+    args = train_rlco.Args(value_lr=7.0)
+    large = load_policy("pi05", device="meta")
+    apply_defaults(args, large, train_rlco.DEFAULTS)
+    assert large.image_size == 224 and args.lr == 4e-6 and args.value_lr == 7.0
+    args = train_sft.Args()
+    apply_defaults(args, load_policy("tiny-openvla"), train_sft.DEFAULTS)
+    assert args.lr == 1e-3
