@@ -30,8 +30,7 @@ import machines
 from checkpoints import UserError
 from policy import AdamW, apply_defaults, concat_obs, index_obs, load_policy
 
-# What an option is that nobody gave: for the tiny policies what was found here, at full size what was published (pi0.5:
-# RLinf's RL-Co example; OpenVLA: RL4VLA, with --train lora).
+# Options that nobody gave: what was found here, and what RLinf (RL-Co, pi0.5) and RL4VLA (LoRA) published at full size.
 DEFAULTS = {
     "tiny": dict(lr=2e-5, value_lr=3e-3, update_epochs=2, minibatch_size=256, entropy_coef=0.0, max_grad_norm=1.0),
     "pi05": dict(lr=4e-6, value_lr=2e-4, update_epochs=2, minibatch_size=256, entropy_coef=0.005, max_grad_norm=1.0),
@@ -124,8 +123,7 @@ class Args:
     device: str = "auto"
     """Where the policy computes: cpu, cuda, or a certain GPU such as cuda:1; auto is the GPU if there is one."""
     render: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the simulator renders: auto is the GPU if it can render a picture. cpu leaves a GPU's memory to the policy,
-    and below some 500 worlds it is fast enough."""
+    """Where the simulator renders: auto is the GPU if it can render a picture; cpu leaves its memory to the policy."""
     wandb: bool = False
     """Also log to Weights & Biases (pip install wandb)."""
     debug: bool = False

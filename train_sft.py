@@ -29,8 +29,7 @@ import machines
 from checkpoints import UserError
 from policy import AdamW, apply_defaults, index_obs, load_policy
 
-# What an option is that nobody gave. The tiny policies begin at random weights, those of full size at pretrained ones:
-# the rates are openpi's for fine-tuning pi0.5 and those of OpenVLA's authors with LoRA.
+# Options that nobody gave: from random weights, and for fine-tuning what openpi and OpenVLA's authors (LoRA) published.
 DEFAULTS = {
     "tiny": dict(lr=1e-3, weight_decay=1e-4),
     "pi05": dict(lr=2.5e-5, weight_decay=1e-10),
@@ -96,8 +95,7 @@ class Args:
     device: str = "auto"
     """Where the policy computes: cpu, cuda, or a certain GPU such as cuda:1; auto is the GPU if there is one."""
     render: Literal["auto", "cpu", "gpu"] = "auto"
-    """Where the simulator renders: auto is the GPU if it can render a picture. cpu leaves a GPU's memory to the policy,
-    and below some 500 worlds it is fast enough."""
+    """Where the simulator renders: auto is the GPU if it can render a picture; cpu leaves its memory to the policy."""
     wandb: bool = False
     """Also log to Weights & Biases (pip install wandb)."""
     debug: bool = False
