@@ -641,7 +641,7 @@ def lerobot_steps(folder: Path, pipeline: str) -> dict[str, dict]:
 
 def read_lerobot(folder: Path, raw: dict) -> dict:
     """Settings, under our names, from lerobot's config.json and from its two pipelines, which go before it."""
-    config = {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
+    settings = {ours: raw[theirs] for theirs, ours in LEROBOT_CONFIG.items() if theirs in raw}
     before = lerobot_steps(folder, "policy_preprocessor")
     after = lerobot_steps(folder, "policy_postprocessor")
     modes = {}
@@ -649,17 +649,22 @@ def read_lerobot(folder: Path, raw: dict) -> dict:
         ("observation.state", "STATE", before.get("normalizer_processor", {})),
         ("action", "ACTION", after.get("unnormalizer_processor", {})),
     ):
-        said = table(folder, step.get("config", {})).get("norm_map") or raw.get("normalization_mapping")
+        config = table(folder, step.get("config", {}))
+        said = config.get("norm_map") or raw.get("normalization_mapping")
         modes[feature] = table(folder, said or {kind: "QUANTILES"}).get(kind, "IDENTITY")
+        # A state that these do not list is not normalised; an action always is.
+        lists = [config.get(key) for key in ("features", "normalize_observation_keys")]
+        if kind == "STATE" and any(isinstance(names, (dict, list)) and feature not in names for names in lists):
+            modes[feature] = "IDENTITY"
         if modes[feature] not in list(MODES):
             raise UserError(
                 f"{folder} normalises its {feature} by {modes[feature]}, of which nothing is known here but "
                 f"{', '.join(MODES)}"
             )
-    config |= {"normalization": modes, "convention": "lerobot"}
+    settings |= {"normalization": modes, "convention": "lerobot"}
     if LEROBOT_STATE_STEP in before and "state_file" in before.get("normalizer_processor", {}):
-        config["prompt_state_dim"] = lerobot_state_dim(folder, raw, before)
-    return config
+        settings["prompt_state_dim"] = lerobot_state_dim(folder, raw, before)
+    return settings
 
 
 def lerobot_state_dim(folder: Path, raw: dict, steps: dict) -> int:

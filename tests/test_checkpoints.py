@@ -425,6 +425,17 @@ def test_normalisation_is_the_checkpoints(state, tmp_path):
     torch.testing.assert_close(theirs.act(obs, sample=False).actions, decision.actions, rtol=1e-4, atol=2e-6)
 
 
+def test_a_state_that_lerobots_normalizer_leaves_alone(tmp_path):
+    for i, change in enumerate(({"features": {}}, {"normalize_observation_keys": ["observation.other"]})):
+        lerobot_made(tmp_path / str(i), "0.6.1")
+        file = tmp_path / str(i) / "policy_preprocessor.json"
+        pipeline = json.loads(file.read_text())
+        pipeline["steps"][2]["config"] |= change
+        C.write_file(file, pipeline)
+        modes = P.load_policy(tmp_path / str(i)).config["normalization"]
+        assert modes == {"observation.state": "IDENTITY", "action": "QUANTILES"}
+
+
 def test_an_unknown_normalisation_is_refused(tmp_path):
     lerobot_made(tmp_path, "0.6.1", {"ACTION": "QUANTILE5"})
     with pytest.raises(UserError, match="normalises its action by QUANTILE5, of which nothing is known here but QUANT"):
