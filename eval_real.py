@@ -11,20 +11,27 @@ disjoint from those of training, of the demonstrations and of the validation dur
 the same numbers.
 """
 
+import hmac
 import html
 import itertools
+import logging
 import math
 import os
 import platform
+import re
+import socket
+import struct
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -32,7 +39,7 @@ import tyro
 from tqdm import tqdm
 
 import envs
-from checkpoints import UserError, claim, one_line_errors, read_file, run_settings, write_file
+from checkpoints import UserError, claim, one_line_errors, read_file, robot_dims, run_settings, write_file
 from data import worker_pool
 from machines import find_device
 from page import film, html_table, learning_curves, write_page
@@ -556,6 +563,11 @@ class ServeArgs(CommonArgs):
     """Address to listen on. Only this machine reaches the default; 0.0.0.0 is every network that it is on."""
     port: int = 8000
     """TCP port to listen on; 0 takes a free one, which is printed."""
+    api_key: str = ""
+    """Key that clients have to show (openpi's client: `api_key=`), demanded on any but the default address. Better in
+    the environment variable RLCO_API_KEY, as a machine's users see each other's command lines."""
+    insecure: bool = False
+    """Listen on other addresses without a key: whoever reaches the port may use the policy, and keep others waiting."""
     device: str = "auto"
     """Where the policy computes: cpu, cuda, or a certain GPU such as cuda:1; auto is the GPU if there is one."""
 
@@ -568,27 +580,71 @@ def pack_array(x):
 
 
 def unpack_array(x: dict):
-    """msgpack's `object_hook`. frombuffer refuses object arrays, which would read foreign memory."""
-    if b"__ndarray__" in x:
-        return np.frombuffer(x[b"data"], np.dtype(x[b"dtype"])).reshape(x[b"shape"])
-    if b"__npgeneric__" in x:
-        return np.dtype(x[b"dtype"]).type(x[b"data"])
-    return x
+    """The number or array of numbers that a dict stands for. Others are refused: objects would read foreign memory."""
+    if b"__ndarray__" not in x and b"__npgeneric__" not in x:
+        return x
+    if not re.fullmatch("[<>|=]?[biuf][1248]", x[b"dtype"]):
+        raise ValueError(f"an array of type {x[b'dtype']!r:.20}, not of numbers")
+    dtype = np.dtype(x[b"dtype"])
+    return np.frombuffer(x[b"data"], dtype).reshape(x[b"shape"]) if b"__ndarray__" in x else dtype.type(x[b"data"])
 
 
-def read_obs(message: dict, instruction: str) -> dict:
-    """A client's observation as a batch of one; ValueError says what is wrong with it."""
+def one_line(error: Exception) -> str:
+    """An error of which nobody knows what its text is, or whether it has one."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(":")
+
+
+def unpack(message: bytes | str):
+    """What openpi's client packed; ValueError if it did not. No message takes much more memory than its own size."""
+    import msgpack
+
+    parts = 0
+
+    def count(part):
+        nonlocal parts
+        parts += 1
+        if parts > 100:  # a map of a single byte takes 64 here
+            raise ValueError("more than 100 maps and lists")
+        return unpack_array(part) if isinstance(part, dict) else part
+
+    try:
+        return msgpack.unpackb(message, object_hook=count, list_hook=count, max_array_len=1000, max_map_len=100)
+    except Exception as error:  # msgpack's have no class in common, and some no text
+        raise ValueError(f"the message is not what openpi's client sends ({one_line(error)})") from None
+
+
+def read_obs(message: dict, policy: Policy, instruction: str) -> dict:
+    """A client's observation as a batch of one. ValueError says what `policy` was trained on instead."""
     if not isinstance(message, dict):
         raise ValueError("an observation is a dict of image, state, prompt")
     image = np.asarray(message.get("image", message.get("observation/image")))
     state = np.asarray(message.get("state", message.get("observation/state")))
     prompt = message.get("prompt", instruction)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image must be uint8 [H,W,3], not {image.dtype} {list(image.shape)}")
-    if state.dtype.kind not in "fiu" or state.shape != (7,) or not np.isfinite(state).all():
-        raise ValueError(f"state must be 7 finite numbers, not {state.dtype} {list(state.shape)}")
-    if not isinstance(prompt, str):
-        raise ValueError("prompt must be a string")
+
+    shape = [policy.image_size, policy.image_size, 3]
+    if image.dtype != np.uint8 or list(image.shape) != shape:
+        raise ValueError(f"image must be uint8 {shape}, RGB, as in training, not {image.dtype} {list(image.shape)}")
+
+    stats = (policy.stats or {}).get("observation.state", {})
+    dims = robot_dims(stats) if stats else 0  # some are padded to the model's
+    low = np.array(stats.get("q01", [-np.inf] * dims))[:dims]
+    high = np.array(stats.get("q99", [np.inf] * dims))[:dims]
+    if state.dtype.kind not in "fiu" or state.ndim != 1 or dims not in (0, len(state)):
+        expected = f"{dims} numbers, as in training" if dims else "a row of numbers"
+        raise ValueError(f"state must be {expected}, not {state.dtype} {list(state.shape)}")
+    if not (np.abs(state) < 1e30).all():
+        raise ValueError(f"state must be finite numbers, not {state.tolist()}")
+    if dims:
+        far = 10 * np.maximum(high - low, 1)
+        strange = np.flatnonzero((state < low - far) | (state > high + far))
+        if len(strange):
+            i = strange[0]
+            raise ValueError(
+                f"state[{i}] is {state[i]:.4g}, in training it was {low[i]:.4g} .. {high[i]:.4g}: look at its unit"
+            )
+
+    if not isinstance(prompt, str) or len(prompt) > 1000:
+        raise ValueError("prompt must be a string of at most 1000 characters")
     return dict(image=torch.tensor(image)[None], state=torch.tensor(state, dtype=torch.float32)[None], prompt=[prompt])
 
 
@@ -599,11 +655,56 @@ class Server:
     message that is no observation is answered with a line of text, an exception in openpi's client.
     """
 
-    def __init__(self, policy: Policy, name: str, instruction: str):
+    MAX_MESSAGE = 1 << 24  # bytes, a picture of 4K is twice as many
+    MAX_CLIENTS = 16
+    MAX_CONNECTIONS = 64  # those that have not said yet what they want included
+    MESSAGE_TIME = 20  # s, for a message to come or to be taken
+    SILENCE = 1800  # s between two observations
+
+    def __init__(self, policy: Policy, name: str, instruction: str, api_key: str = ""):
         self.policy = policy
         self.instruction = instruction  # for clients that give none
+        self.api_key = api_key  # that clients have to show, if it is not empty
         self.metadata = dict(policy=name, prompt=instruction, chunk=policy.chunk, control_hz=envs.CONTROL_HZ)
+        self.metadata["image_size"] = policy.image_size
         self.one_at_a_time = threading.Lock()  # torch's random state is the process's, and so are its threads
+        self.clients = threading.BoundedSemaphore(self.MAX_CLIENTS)
+        self.connections = threading.BoundedSemaphore(self.MAX_CONNECTIONS)
+
+    def listen(self, sock: socket.socket):
+        """The websockets server on a bound socket, to `serve_forever`."""
+        from websockets.sync.server import serve
+
+        # What strangers send is not worth a traceback each.
+        quiet = logging.getLogger("rlco.server")
+        quiet.setLevel(logging.CRITICAL)
+        # A ping is answered between two messages: who begins one and does not end it is noticed by that.
+        times = dict(open_timeout=10, ping_interval=self.MESSAGE_TIME / 2, ping_timeout=self.MESSAGE_TIME / 2)
+        limits = dict(max_size=self.MAX_MESSAGE, max_queue=1, compression=None)
+        listener = serve(self.handle, sock=sock, process_request=self.admit, logger=quiet, **times, **limits)
+        accepted = listener.handler
+
+        def bounded(sock, address):
+            if not self.connections.acquire(blocking=False):
+                sock.close()
+                return
+            try:
+                accepted(sock, address)
+            finally:
+                self.connections.release()
+
+        listener.handler = bounded
+        return listener
+
+    def admit(self, client, request):
+        """None for a client with the key, else the HTTP response that it gets. /healthz is as in openpi's server."""
+        if request.path == "/healthz":
+            return client.respond(200, "OK\n")
+        wanted = f"Api-Key {self.api_key}".encode()
+        shown = [value.encode(errors="replace") for value in request.headers.get_all("Authorization")]
+        if self.api_key and not any(hmac.compare_digest(value, wanted) for value in shown):
+            return client.respond(401, "the server's key is needed: WebsocketClientPolicy(host, port, api_key=...)\n")
+        return None
 
     def infer(self, obs: dict, noise: tuple | None) -> tuple[dict, tuple]:
         """Answer an observation; `noise` is torch's random state after the last answer of this connection, if there was
@@ -623,49 +724,68 @@ class Server:
 
     def handle(self, client) -> None:
         """Talk to a client (a connection of websockets) until it goes."""
-        import msgpack
         from websockets.exceptions import ConnectionClosed
 
-        noise = None
+        if not self.clients.acquire(blocking=False):
+            client.close(1013, f"{self.MAX_CLIENTS} clients are served already: try again later")
+            return
         try:
-            client.send(msgpack.packb(self.metadata))
-            for message in client:
-                try:
-                    obs = read_obs(msgpack.unpackb(message, object_hook=unpack_array), self.instruction)
-                    reply, noise = self.infer(obs, noise)
-                except Exception as error:  # whatever a client sends, and whatever it makes the policy do
-                    client.send(f"{type(error).__name__}: {error}")
-                    continue
-                client.send(msgpack.packb(reply, default=pack_array))
+            self.converse(client)
         except ConnectionClosed:
             pass  # in the middle of a message, or of an answer: nothing is lost with it
+        except TimeoutError:
+            client.close(1000, f"no message in {self.SILENCE} s")
+        finally:
+            self.clients.release()
 
+    def converse(self, client) -> NoReturn:
+        import msgpack
 
-def answer_health(client, request):
-    """GET /healthz, as openpi's server answers it; anything else is a websocket."""
-    return client.respond(200, "OK\n") if request.path == "/healthz" else None
+        # Who does not take his answers does not hold this thread for ever.
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", self.MESSAGE_TIME, 0))
+        client.send(msgpack.packb(self.metadata))
+        noise = None
+        while True:
+            message = client.recv(timeout=self.SILENCE)
+            try:
+                obs = read_obs(unpack(message), self.policy, self.instruction)
+            except ValueError as error:
+                client.send(str(error))
+                continue
+            try:
+                reply, noise = self.infer(obs, noise)
+            except Exception as error:  # one client's fault, or ours, is no reason to leave the others
+                traceback.print_exc()
+                client.send(one_line(error))
+                continue
+            client.send(msgpack.packb(reply, default=pack_array))
 
 
 def serve(args: ServeArgs) -> None:
     """Answer clients until Ctrl-C."""
     try:
-        import msgpack  # noqa: F401  (Server.handle needs it)
-        from websockets.sync.server import serve as listen
+        import msgpack  # noqa: F401  (for Server, like websockets)
+        import websockets  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements-robot.txt") from None
     envs.require_task(args.task)
-    policy = load_policies((args.policy,), args.device)[args.policy]
-    server = Server(policy, args.policy, envs.TASKS[args.task].instruction)
-    options = dict(compression=None, max_size=1 << 26, process_request=answer_health)  # 64 MiB a message
+    api_key = args.api_key or os.environ.get("RLCO_API_KEY", "")
     try:
-        listener = listen(server.handle, args.host, args.port, **options)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {args.host}:{args.port} ({error}): choose another --host or --port"
-        ) from None
-    with listener:
-        print(f"serving {args.policy} on ws://{args.host}:{listener.socket.getsockname()[1]}", flush=True)
-        listener.serve_forever()
+        sock = socket.create_server((args.host, args.port))
+    except (OSError, OverflowError) as error:
+        problem = f"cannot listen on {args.host}:{args.port} ({error})"
+        raise UserError(f"{problem}: choose another --host or --port") from None
+    with sock:
+        address, port = sock.getsockname()
+        if not (ip_address(address).is_loopback or api_key or args.insecure):
+            problem = f"others reach {args.host}, too"
+            raise UserError(f"{problem}: give an --api-key (or set RLCO_API_KEY), or say --insecure to serve anybody")
+        policy = load_policies((args.policy,), args.device)[args.policy]
+        server = Server(policy, args.policy, envs.TASKS[args.task].instruction, api_key)
+        with server.listen(sock) as listener:
+            asked = "clients need the key" if api_key else "no key is asked for"
+            print(f"serving {args.policy}, {asked}, on ws://{args.host}:{port}", flush=True)
+            listener.serve_forever()
 
 
 COMMANDS = {StandinArgs: standin, FrankaArgs: franka, AlignArgs: align, ServeArgs: serve}

@@ -53,7 +53,8 @@ class Rig:
     """Vertical field of view of the camera's pictures, rad, which are cropped to the twin's. The default is that of
     a RealSense D435; another camera's is in its data sheet."""
     image_size: int = envs.IMAGE_SIZE
-    """Side of the square picture that the policy sees, pixels; it must be that of the demonstrations."""
+    """Side of the square pictures that are recorded, pixels. Training takes them as small as a policy sees them, not
+    larger; a policy on the arm gets its own size."""
     speed: float = 0.3
     """Limit of the TCP's speed, m/s. Begin with 0.05 on an arm that has not run this yet."""
     acceleration: float = 3.0
@@ -627,7 +628,7 @@ def play(policy, robot: Franka, keyboard: Keyboard, instruction: str, max_steps:
     while steps < max_steps and not key:
         robot.watch()
         asked = time.monotonic()
-        image = torch.tensor(robot.camera.read(robot.rig.image_size))[None]
+        image = torch.tensor(robot.camera.read(policy.image_size))[None]
         obs = dict(image=image, state=robot.state(), prompt=[instruction])
         actions = policy.act(obs, sample=False).actions[0].float().cpu()
         seconds.append(time.monotonic() - asked)

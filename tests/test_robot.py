@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import types
+import urllib.request
 from pathlib import Path
 
 import cv2
@@ -40,6 +41,7 @@ os.environ["FRANKA_REALTIME"] = "ignore"  # no real-time kernel here
 ROOT = Path(__file__).parent.parent
 ENVIRON = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
 PATIENT = dict(max_image_age=1.5, max_silence=3.0)  # s; beside other work on few cores everything is late now and then
+KEY = "sésame"
 STATS = {
     "observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
     "action": {"q01": [-0.005] * 6 + [-1.0], "q99": [0.005] * 6 + [1.0]},
@@ -69,7 +71,7 @@ def server(checkpoint, tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "eval_real.py"), "serve", "--policy", str(checkpoint), "--port", "0"],
         cwd=tmp_path_factory.mktemp("server"),
-        env=ENVIRON,
+        env={**ENVIRON, "RLCO_API_KEY": KEY},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -87,7 +89,7 @@ def connect(server):
     client = pytest.importorskip(
         "openpi_client.websocket_client_policy", reason="pip install --no-deps openpi-client==0.1.2"
     )
-    return lambda: client.WebsocketClientPolicy("127.0.0.1", server)
+    return lambda: client.WebsocketClientPolicy("127.0.0.1", server, api_key=KEY)
 
 
 def some_obs(seed):
@@ -142,34 +144,78 @@ def test_a_bad_message_is_answered_and_a_client_that_goes_is_forgotten(connect, 
     client = connect()
     good = some_obs(0)
     image, state = good["image"], good["state"]
+    picture = r"image must be uint8 \[64, 64, 3\]"
+    numbers = "state must be 7 numbers, as in training"
     for bad, why in (
-        (dict(image=image.astype(np.float32)), "uint8"),
-        (dict(image=image[..., :1]), "image"),
-        (dict(image=None), "image"),
-        (dict(state=state[:6]), "7"),
+        (dict(image=image.astype(np.float32)), picture + r".* not float32 \[64, 64, 3\]"),
+        (dict(image=image.transpose(2, 0, 1)), picture + r".* not uint8 \[3, 64, 64\]"),
+        (dict(image=image[:48]), picture),  # not square
+        (dict(image=np.zeros((224, 224, 3), np.uint8)), picture),
+        (dict(image=image[..., :1]), picture),
+        (dict(image=None), picture),
+        (dict(image=[[1], [1, 2]]), "inhomogeneous"),
+        (dict(state=state[:6]), numbers + r", not float32 \[6\]"),
+        (dict(state=state[None]), numbers),
+        (dict(state="x"), numbers),
         (dict(state=state * np.nan), "finite"),
-        (dict(state="x"), "state"),
+        (dict(state=state + np.inf), "finite"),
+        (dict(state=state.astype(float) + 1e300), "finite"),
+        (dict(state=1000 * state), r"state\[0\] is 955.1, in training it was -1 .. 1: look at its unit"),
         (dict(prompt=3), "prompt"),
+        (dict(prompt="x" * 1001), "prompt"),
         ([1, 2], "dict"),
     ):
         with pytest.raises(RuntimeError, match=why) as error:
             client.infer({**good, **bad} if isinstance(bad, dict) else bad)
-        assert "Traceback" not in str(error.value)
+        assert str(error.value).count("\n") == 1  # the client's own line is the first
     np.testing.assert_array_equal(client.infer(good)["actions"], first)  # bad messages leave no trace
     flat = {"observation/image": good["image"], "observation/state": good["state"], "prompt": good["prompt"]}
     np.testing.assert_array_equal(connect().infer(flat)["actions"], first)
-    with raw(f"ws://127.0.0.1:{server}") as ws:
+    with raw(f"ws://127.0.0.1:{server}", additional_headers={"Authorization": f"Api-Key {KEY}"}) as ws:
         ws.recv()
-        for garbage in (b"\xc1", b"", "text", b"\x81\xc4\x0b__ndarray__\xc3"):  # the last: an array without data
+        for garbage, why in (
+            (b"\xc1", "FormatError"),
+            (b"\x91" * 5000, "StackError"),
+            (b"", "Unpack failed: incomplete input"),
+            ("text", "TypeError"),
+            (b"\x92\xdc\x03\xe8" + 1000 * b"\x80" + b"\x80", "more than 100 maps"),  # 64 bytes of memory each
+            (b"\x81\xc4\x0b__ndarray__\xc3", "KeyError: b'dtype'"),
+            # An object array would be a pointer into the server's memory.
+            (pack(dtype="|O", data=bytes(8), shape=[1]), "an array of type '|O', not of numbers"),
+            (pack(dtype="<f4", data=bytes(8), shape=[-1, 0]), "ValueError"),
+        ):
             ws.send(garbage)
-            assert isinstance(ws.recv(), str)
-        ws.send(
-            b"\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08\x00\x00\x00\x00\x00\x00\x00\x00\xc4\x05dtype\xa2|O"
-            b"\xc4\x05shape\x91\x01"
-        )  # an object array would be a pointer into the server's memory
-        assert "object" in ws.recv().lower()
+            answer = ws.recv()
+            assert why in answer and answer.startswith("the message is not what") and "\n" not in answer
         ws.socket.close()  # gone, without a word
     np.testing.assert_array_equal(connect().infer(good)["actions"], first)
+
+
+def pack(**array):
+    import msgpack
+
+    return msgpack.packb({b"__ndarray__": True, **{key.encode(): value for key, value in array.items()}})
+
+
+def test_who_has_no_key_gets_in_nowhere(server):
+    from websockets.exceptions import InvalidStatus
+    from websockets.sync.client import connect as raw
+
+    url = f"127.0.0.1:{server}"
+    assert urllib.request.urlopen(f"http://{url}/healthz").read() == b"OK\n"
+    for shown in ({}, {"Authorization": "Api-Key"}, {"Authorization": f"Bearer {KEY}"}, {"X-Api-Key": KEY}):
+        with pytest.raises(InvalidStatus, match="401") as error:
+            raw(f"ws://{url}", additional_headers=shown)
+        assert b"key is needed" in error.value.response.body
+
+
+def test_a_state_of_which_nothing_is_known_is_taken(checkpoint):
+    policy = load_policy(checkpoint, stats={"action": STATS["action"]})
+    obs = dict(image=np.zeros((64, 64, 3), np.uint8), state=np.arange(9.0))
+    read = eval_real.read_obs(obs, policy, "push")
+    assert read["state"].shape == (1, 9) and read["prompt"] == ["push"]
+    with pytest.raises(ValueError, match="finite"):
+        eval_real.read_obs(dict(obs, state=[1e300]), policy, "push")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +227,8 @@ def test_a_bad_message_is_answered_and_a_client_that_goes_is_forgotten(connect, 
         ("standin --policies a --episodes 0", "--episodes"),
         ("franka --policies a --trials 0", "--trials"),
         ("serve --policy a --task nothing", "push_cube"),
+        ("serve --policy a --host 0.0.0.0 --port 0", "--api-key"),
+        ("serve --policy a --port 99999", "another --host or --port"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, why, tmp_path, monkeypatch, capsys):
