@@ -445,14 +445,38 @@ class DeltaPoseController(BaseController):
         self.rotation[mask] = tcp[mask, :3, :3]
 
     def set_action(self, action):
-        action = torch.minimum(torch.maximum(action, -self.bound), self.bound)
-        self.position, self.rotation = move_target(self.position, self.rotation, action, self.box)
-        # From the last joint target and not from the measured joints: what is commanded must not depend on how far the
-        # arm has followed.
-        self.q_target = inverse_kinematics(self.q_target, self.position, self.rotation)
-        fingers = finger_target(action[:, 6:]).expand(-1, 2)
-        targets = torch.cat([self.q_target, fingers], -1)
-        self.articulation.set_joint_drive_targets(targets, self.joints, self.active_joint_indices)
+        self.set_targets(joint_targets([self], action[:, None])[:, 0])
+
+    def set_targets(self, targets: Tensor) -> None:
+        """Send the drives to `targets` [B,9]: seven joints (rad), two fingers (m)."""
+        if self.scene.gpu_sim_enabled:
+            self.articulation.set_joint_drive_targets(targets, self.joints, self.active_joint_indices)
+            self.scene.px.gpu_apply_articulation_target_position()
+        else:  # ManiSkill would make a tensor of each number, and of that an array
+            for joint, target in zip(self.joints, targets[0].tolist()):
+                joint._objs[0].set_drive_target(target)
+
+
+def joint_targets(controllers: Sequence[DeltaPoseController], actions: Tensor) -> Tensor:
+    """What chunks of actions [B,C,7] command, `DeltaPoseController.set_targets` of each control step: [B,C,9].
+
+    It depends on what was commanded before, and not on how far the arms have followed: so it is known before anything
+    moves, and computed for all worlds of a process at once. A controller has as many rows as its scene has worlds.
+    """
+    q = torch.cat([controller.q_target for controller in controllers])
+    position = torch.cat([controller.position for controller in controllers])
+    rotation = torch.cat([controller.rotation for controller in controllers])
+    bound = controllers[0].bound
+    targets = []
+    for action in actions.unbind(1):
+        action = torch.minimum(torch.maximum(action, -bound), bound)
+        position, rotation = move_target(position, rotation, action, controllers[0].box)
+        q = inverse_kinematics(q, position, rotation)
+        targets.append(torch.cat([q, finger_target(action[:, 6:]).expand(-1, 2)], -1))
+    sizes = [len(controller.q_target) for controller in controllers]
+    for controller, *rows in zip(controllers, q.split(sizes), position.split(sizes), rotation.split(sizes)):
+        controller.q_target, controller.position, controller.rotation = rows
+    return torch.stack(targets, 1)
 
 
 @dataclass
@@ -626,7 +650,7 @@ class TabletopEnv(BaseEnv):
         b = len(env_idx)
         low, high = torch.tensor(self.start_tcp, device=self.device)
         start = low + (high - low) * self.sample_uniform(3, b, self.variation == "robot", (1.0, 1.5)).T
-        q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), iterations=20)
+        q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), iterations=6)
         finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
         self.agent.robot.set_qpos(torch.cat([q, finger], -1))
         self._place_objects(env_idx)
@@ -641,12 +665,14 @@ class TabletopEnv(BaseEnv):
         return result
 
     def _step_action(self, action):
-        action = torch.as_tensor(action, device=self.device, dtype=torch.float32).reshape(self.num_envs, 7)
-        if self.domain.action_delay:
-            self._pending = torch.cat([self._pending, action[:, None]], 1)
-            action = self._pending[:, 0]
-            self._pending = self._pending[:, 1:]
-        return super()._step_action(action)
+        action = torch.as_tensor(action, device=self.device, dtype=torch.float32).reshape(self.num_envs, 1, 7)
+        return super()._step_action(self.delayed(action)[:, 0])
+
+    def delayed(self, actions: Tensor) -> Tensor:
+        """What the robot executes while it is sent `actions` [B,C,7]: the domain's delay holds over chunks."""
+        queue = torch.cat([self._pending, actions], 1)
+        self._pending = queue[:, actions.shape[1] :]
+        return queue[:, : actions.shape[1]]
 
     def _get_obs_sensor_data(self, apply_texture_transforms=True):
         data = super()._get_obs_sensor_data(apply_texture_transforms)
@@ -770,24 +796,44 @@ class TabletopEnv(BaseEnv):
         that ends inside the chunk collects nothing more. `frames` is given a video frame [H,W,3] of each control step,
         `snapshots` a `snapshot` [D], both of the first environment.
         """
-        total = torch.zeros(self.num_envs, device=self.device)
+        actions = torch.as_tensor(actions, device=self.device, dtype=torch.float32)
+        return self.follow(joint_targets([self.agent.controller], self.delayed(actions)), frames, snapshots)
+
+    def follow(self, targets: Tensor, frames=None, snapshots=None) -> tuple[Tensor, Tensor, Tensor, dict]:
+        """`step_chunk` with the joint targets [B,C,9] that its actions command, if they are known already."""
         terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        for action in torch.as_tensor(actions, device=self.device).unbind(1):
+        held = targets[:, 0]
+        for target in targets.unbind(1):
             running = ~(terminated | truncated)
-            action = self._step_action(action * running[:, None])  # what has ended stands still while others go on
+            held = torch.where(running[:, None], target, held)  # what has ended stands still while others go on
+            self.agent.controller.set_targets(held)
+            super()._step_action(None)
             self._elapsed_steps += running
-            info = self.get_info()
-            total += self.get_reward(None, action, info) * running
-            terminated |= running & info["success"]
-            truncated |= running & ~info["success"] & (self._elapsed_steps >= self.max_episode_steps)
+            success = self._of_each("evaluate()['success']", self.evaluate()["success"])
+            terminated |= running & success
+            truncated |= running & ~success & (self._elapsed_steps >= self.max_episode_steps)
             if frames is not None:
                 frames.append(self.render_rgb_array()[0].cpu().numpy())
             if snapshots is not None:
                 snapshots.append(self.snapshot()[0].cpu().numpy())
             if (terminated | truncated).all():
                 break
-        return total, terminated, truncated, dict(info, success=terminated)
+        # The rewards' sum: of the potential's changes only the ends remain.
+        potential = self._of_each("potential()", self.potential())
+        reward = terminated + potential - self._potential
+        self._potential = potential
+        return reward, terminated, truncated, dict(success=terminated, elapsed_steps=self.elapsed_steps)
+
+    def _of_each(self, name, values):
+        """`values`, or UserError if a task did not return one for each environment."""
+        if not isinstance(values, Tensor) or values.shape != (self.num_envs,):
+            shape = list(getattr(values, "shape", []))
+            raise UserError(
+                f"{type(self).__name__}.{name} has shape {shape}: it must be a tensor [{self.num_envs}], one value for "
+                f"each environment"
+            )
+        return values
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------
@@ -1226,6 +1272,12 @@ def _worker(pipe, task, domains, stride, kwargs):
         while True:
             command, rows, auto_reset, video = pipe.recv()
             replies = []
+            if command == "step":
+                chunks = {i: torch.from_numpy(row)[None] for i, row in enumerate(rows) if row is not None}
+                executed = [worlds[i].delayed(chunk) for i, chunk in chunks.items()]
+                if chunks:
+                    controllers = [worlds[i].agent.controller for i in chunks]
+                    targets = dict(zip(chunks, joint_targets(controllers, torch.cat(executed))))
             for i, (env, row) in enumerate(zip(worlds, rows)):
                 if row is None:
                     replies.append(None)
@@ -1235,7 +1287,7 @@ def _worker(pipe, task, domains, stride, kwargs):
                 else:
                     frames = [] if video else None
                     snapshots = []
-                    reward, terminated, truncated, _ = env.step_chunk(torch.from_numpy(row)[None], frames, snapshots)
+                    reward, terminated, truncated, _ = env.follow(targets[i][None], frames, snapshots)
                     length = int(env.elapsed_steps[0])  # before a reset
                     ended = terminated or truncated
                     final = see(env) if truncated and auto_reset else None  # success is not bootstrapped from

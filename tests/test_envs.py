@@ -413,3 +413,26 @@ def test_pictures_are_those_of_the_stock_shaders(twin, monkeypatch):
         env.reset(seed=[4])
     torch.testing.assert_close(stock.observe()["image"], twin.observe()["image"], atol=0, rtol=0)
     torch.testing.assert_close(stock.render_rgb_array(), twin.render_rgb_array(), atol=0, rtol=0)
+
+
+def test_what_is_commanded_does_not_depend_on_the_company(pair):
+    """Chunks of several worlds computed at once equal those of each alone, to the last bit."""
+    controllers = [env.agent.controller for env in pair]
+    actions = torch.stack([random_actions(np.random.default_rng(seed), 8) for seed in range(2)])
+    for env, seed in zip(pair, (5, 6)):
+        env.reset(seed=[seed])
+    together = envs.joint_targets(controllers, actions)
+    for env, seed in zip(pair, (5, 6)):
+        env.reset(seed=[seed])
+    alone = torch.cat([envs.joint_targets([c], a[None]) for c, a in zip(controllers, actions)])
+    torch.testing.assert_close(together, alone, atol=0, rtol=0)
+    assert together.shape == (2, 8, 9) and (together[0] != together[1]).any()
+
+
+def test_a_task_that_returns_a_scalar_is_one_line(twin, monkeypatch):
+    twin.reset(seed=[0])
+    monkeypatch.setattr(twin, "evaluate", lambda: dict(success=torch.tensor(False)))
+    with pytest.raises(
+        UserError, match=r"PushCube.evaluate\(\)\['success'\] has shape \[\]: it must be a tensor \[1\]"
+    ):
+        twin.step_chunk(torch.zeros(1, 1, 7))
