@@ -910,8 +910,8 @@ def export(folder: Path, layout: str | None, config: dict, stats: dict, tensors:
         if tied:
             tensors = {**tensors, LM_HEAD: tensors[LM_HEAD].clone()}
         return {f"model.{name}": tensor for name, tensor in tensors.items()}, export_lerobot(folder, config, stats)
-    if tied:  # openpi's loader wants a tied tensor once, under the other name
-        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBED}
+    if tied or layout:  # openpi's model has one tensor for both, under this name; pi0.5 acts through the embedding alone
+        tensors = {name: tensor for name, tensor in tensors.items() if name != EMBED} | {LM_HEAD: tensors[EMBED]}
     kinds = ("mean", "std", "q01", "q99")
     if layout and config["prompt_state_dim"]:
         raise UserError(
@@ -951,6 +951,13 @@ def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
     stats = {feature: kinds for feature, kinds in stats.items() if feature in OPENPI_STATS}
     if not config["discrete_state_input"]:
         raise UserError("lerobot's pi0.5 has the state in its prompt, this policy does not: save it for openpi")
+    dims = {feature: robot_dims(kinds) for feature, kinds in stats.items()}
+    state = "observation.state"
+    if state in stats and len(next(iter(stats[state].values()))) > dims[state]:
+        raise UserError(
+            "this policy's prompt has a state that was padded before it was normalised, which lerobot does not do: save "
+            "it for openpi"
+        )
     modes = dict(config["normalization"])
     if config["convention"] != "lerobot":
         stats = {
@@ -958,7 +965,6 @@ def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
             for feature, kinds in stats.items()
         }
         modes = dict.fromkeys(modes, "QUANTILES")
-    dims = {feature: robot_dims(kinds) for feature, kinds in stats.items()}
     stats = {
         feature: {kind: values[: dims[feature]] for kind, values in kinds.items()} for feature, kinds in stats.items()
     }

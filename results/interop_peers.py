@@ -212,6 +212,7 @@ def openpi_act() -> dict:
         ]
     )
     after = transforms.Unnormalize(stats, use_quantiles=True)
+    steps = question.get("num_steps", 4)  # whoever samples says it to openpi; 4 as in our preset
     prompts, states, actions = [], [], []
     for state, noise in zip(question["state"], question["noise"]):
         # Statistics are padded where the transforms of a robot's data pad its state and actions before they are taken.
@@ -225,7 +226,7 @@ def openpi_act() -> dict:
         prompts.append(words.decode([int(i) for i in tokens]))
         batch = jax.tree.map(lambda x: torch.from_numpy(np.array(x))[None], inputs)
         with torch.no_grad():
-            chunk = model.sample_actions("cpu", Observation.from_dict(batch), torch.tensor(noise)[None], num_steps=4)
+            chunk = model.sample_actions("cpu", Observation.from_dict(batch), torch.tensor(noise)[None], steps)
         actions.append(after(dict(state=inputs["state"], actions=chunk[0].numpy()))["actions"][:, :7])
     return dict(prompt=prompts, state=np.stack(states), actions=np.stack(actions), tokens=tokens)
 
