@@ -910,7 +910,9 @@ def export(folder: Path, layout: str | None, config: dict, stats: dict, tensors:
         if tied:
             tensors = {**tensors, LM_HEAD: tensors[LM_HEAD].clone()}
         return {f"model.{name}": tensor for name, tensor in tensors.items()}, export_lerobot(folder, config, stats)
-    if tied or layout:  # openpi's model has one tensor for both, under this name; pi0.5 acts through the embedding alone
+    if (
+        tied or layout
+    ):  # openpi's model has one tensor for both, under this name; pi0.5 acts through the embedding alone
         tensors = {name: tensor for name, tensor in tensors.items() if name != EMBED} | {LM_HEAD: tensors[EMBED]}
     kinds = ("mean", "std", "q01", "q99")
     if layout and config["prompt_state_dim"]:
@@ -955,8 +957,8 @@ def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
     state = "observation.state"
     if state in stats and len(next(iter(stats[state].values()))) > dims[state]:
         raise UserError(
-            "this policy's prompt has a state that was padded before it was normalised, which lerobot does not do: save "
-            "it for openpi"
+            "this policy's prompt has a state that is padded before it is normalised, as no lerobot does: save it for "
+            "openpi"
         )
     modes = dict(config["normalization"])
     if config["convention"] != "lerobot":

@@ -419,9 +419,9 @@ class Args:
 
 PAGE = """# Round trips with lerobot, openpi and its client
 
-Last output of `python -m results.interop`: {alike} of {rows} round trips come out alike. The same picture, states, prompt
-and noise went through our preprocessing, model and postprocessing, and through the project's own. Differences are the
-largest ones, of actions in m, rad and gripper. Python {python} here; lerobot 0.5 and newer ran with Python 3.12.
+Last output of `python -m results.interop`: {alike} of {rows} round trips come out alike. The same picture, states,
+prompt and noise went through our preprocessing, model and postprocessing, and through the project's own. Differences
+are the largest ones, of actions in m, rad and gripper. Python {python} here; lerobot 0.5 and newer: 3.12.
 """
 
 
