@@ -6,7 +6,7 @@
     python data.py record --robot-ip 172.16.0.2             # demonstrations on a real Franka, by keyboard or by hand
     python data.py show demos/push_cube-standin             # a page to look at any dataset, before training on it
 
-A dataset is a folder in LeRobot's format: v3.0 is written, v2.1 and v3.0 are read, so it may as well come from a real
+A dataset is a folder in LeRobot's format: v3.0 is written, v2.0 to v3.0 are read, so it may as well come from a real
 robot or from the Hub. State and action have 7 dimensions; units and frames are those of envs.py.
 """
 

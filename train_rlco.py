@@ -76,7 +76,7 @@ class Args:
     anchor_batch_size: int = 64
     """Real samples in a gradient step."""
     accumulate: int = 1
-    """Backward passes in a gradient step: more of them need less memory and give the same gradient."""
+    """Backward passes in a gradient step: more of them need less memory and give the same gradient up to noise."""
     bf16: bool = False
     """Keep weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and
     action projections. What trains of them is updated in float32 copies."""
@@ -115,7 +115,7 @@ class Args:
     eval_episodes: int = 64
     """Episodes of each evaluation, on validation seeds."""
     eval_envs: int = 32
-    """Worlds that evaluate in the target."""
+    """Worlds that evaluate in the target, and in the plain twin with --randomize."""
     seed: int = 1
     """Seed of the episodes, the policy's noise and the batches."""
     out: Path = Path("runs/rlco")
@@ -183,7 +183,7 @@ def rlco_loss(policy, minibatch, real_batch, args):
     """The stage II objective on a minibatch of decisions and one of real samples -> loss, its parts (a dict).
 
     `minibatch` has obs, latent, logprob, value, advantage, returns, all as they were when the policy acted. Without
-    `real_batch` (beta = 0) there is no anchor. PPO's clipped surrogate (Schulman 2017, eq. 7) and clipped Huber value
+    `real_batch` (beta = 0, warm-up) there is no anchor. PPO's clipped surrogate (Schulman 2017, eq. 7) and clipped Huber value
     loss.
     """
     logprob, entropy, value = policy.evaluate(minibatch["obs"], minibatch["latent"])
