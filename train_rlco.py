@@ -183,8 +183,8 @@ def rlco_loss(policy, minibatch, real_batch, args):
     """The stage II objective on a minibatch of decisions and one of real samples -> loss, its parts (a dict).
 
     `minibatch` has obs, latent, logprob, value, advantage, returns, all as they were when the policy acted. Without
-    `real_batch` (beta = 0, warm-up) there is no anchor. PPO's clipped surrogate (Schulman 2017, eq. 7) and clipped Huber value
-    loss.
+    `real_batch` (beta = 0, warm-up) there is no anchor. PPO's clipped surrogate (Schulman 2017, eq. 7) and clipped
+    Huber value loss.
     """
     logprob, entropy, value = policy.evaluate(minibatch["obs"], minibatch["latent"])
     log_ratio = logprob - minibatch["logprob"]
