@@ -4,9 +4,9 @@ runs its own code in an environment of its own, and is asked by results/interop_
     python -m results.interop             # all of them -> results/INTEROP.md; exits with 1 if anything differs
     python -m results.interop --only lerobot-0.4.4
 
-The first run installs them into .venv-interop, some 20 GB with pip's default torch, and needs git, the network and FFmpeg
-(for lerobot's videos); a peer that cannot be had is a line of the table. pi0.5 is small here, with random weights and
-the words of policy.small_tokenizer: the projects' code takes its sizes from a table, which is replaced.
+The first run installs them into .venv-interop, some 20 GB with pip's default torch, and needs git, the network and
+FFmpeg (for lerobot's videos); a peer that cannot be had is a line of the table. pi0.5 is small here, with random
+weights and the words of policy.small_tokenizer: the projects' code takes its sizes from a table, which is replaced.
 """
 
 import json
