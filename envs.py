@@ -23,6 +23,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
@@ -1255,9 +1256,29 @@ def demonstrate(task: str, domain: Domain, seed: int, **kwargs) -> dict:
 # ---- vectorised environment -------------------------------------------------------------------------------------
 
 
-def _worker(pipe, task, domains, stride, kwargs):
+# Not multiprocessing's way, by which each worker would import the calling script with its policy. A worker imports with
+# low priority, so as not to starve what trains in front meanwhile, and then runs with the usual one.
+START_WORKER = """
+import os, sys, threading
+sys.path.insert(0, {folder!r})
+
+def load():
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 5)
+    import envs
+
+loading = threading.Thread(target=load)
+loading.start()
+loading.join()
+import envs
+envs._worker({pipe})
+"""
+
+
+def _worker(pipe: int):
     """Steps several environments in one process: a ManiSkill process takes half a GB, one more scene almost nothing."""
     torch.set_num_threads(1)
+    pipe = Connection(pipe)
+    task, domains, stride, kwargs = pipe.recv()
 
     def see(env, obs=None):
         obs = env.observe(obs)
@@ -1315,7 +1336,7 @@ class VecEnv:
     the last bit, whatever its scene played before. Stage II needs `reset`, `step`, `num_envs` and `max_episode_steps`;
     `play` is for evaluation.
 
-    The processes start in the background, in some ten seconds; the first `reset` waits for them.
+    The processes start in the background, in some seconds; the first `reset` waits for them.
     """
 
     def __init__(self, task: str, domain: Domain | list, num_envs: int = 32, workers: int | None = None, **kwargs):
@@ -1330,12 +1351,12 @@ class VecEnv:
         self.slices = [range(w, num_envs, workers) for w in range(workers)]  # the rows of each worker
         self.pipes = []
         self.processes = []
-        context = mp.get_context("spawn")
         for rows in self.slices:
-            pipe, child = context.Pipe()
-            arguments = (child, task, [domains[i] for i in rows], num_envs, kwargs)
-            process = context.Process(target=_worker, args=arguments, daemon=True)
-            process.start()
+            pipe, child = mp.Pipe()
+            start = START_WORKER.format(folder=str(Path(__file__).parent), pipe=child.fileno())
+            command = [sys.executable, "-c", start]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[child.fileno()])
+            pipe.send((task, [domains[i] for i in rows], num_envs, kwargs))
             child.close()
             self.pipes.append(pipe)
             self.processes.append(process)
@@ -1425,8 +1446,10 @@ class VecEnv:
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes):
             pipe.close()
-            process.join(5)
-            process.kill()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def write_video(path: Path, columns: list[list[np.ndarray]], fps: int = CONTROL_HZ) -> None:
