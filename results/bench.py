@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import tyro
 
 from data import worker_pool
-from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, VecEnv
+from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, VecEnv, demonstrate, joint_targets, make
 from policy import PRESETS, Pi05, load_policy
 
 
@@ -71,6 +71,52 @@ def steps_per_second(world: VecEnv, act, seconds: float) -> float:
     return steps / (time.time() - start)
 
 
+def milliseconds(task: str, chunk: int) -> dict[str, float]:
+    """What the parts of a world cost on one core, in ms; the arm moves."""
+    env = make(task, TWIN)
+    env.reset(seed=[SEEDS["rl"]])
+    controller = env.agent.controller
+    actions = torch.zeros(16, chunk, 7)
+    actions[..., 0] = 0.003
+    moving = joint_targets([controller], actions[:1])[0]
+
+    def physics():
+        for target in moving:
+            controller.set_targets(target[None])
+            for _ in range(env.sim_freq // env.control_freq):
+                env.scene.step()
+
+    parts = {
+        f"physics of {chunk} control steps": physics,
+        "a picture and its state": env.observe,
+        f"{chunk} times success": lambda: [env.evaluate() for _ in range(chunk)],
+        "the potential": env.potential,
+        f"joint targets of a chunk (a sixteenth of {len(actions)} worlds')": lambda: joint_targets(
+            [controller] * len(actions), actions
+        ),
+        "a reset": lambda: env.reset(seed=[SEEDS["rl"]]),
+    }
+    cost = {}
+    for name, part in parts.items():
+        part()
+        start = time.perf_counter()
+        for _ in range(20):
+            part()
+        cost[name] = 1000 * (time.perf_counter() - start) / 20 / (len(actions) if "sixteenth" in name else 1)
+    return cost
+
+
+def demonstrations_per_second(task: str, seconds: float) -> float:
+    """One process of scripted demonstrations, each control step with its picture, for `seconds`."""
+    demonstrate(task, TWIN, SEEDS["rl"])  # makes the environment
+    start = time.time()
+    episodes = 0
+    while time.time() < start + seconds:
+        episodes += 1
+        demonstrate(task, TWIN, SEEDS["rl"] + episodes)
+    return episodes / (time.time() - start)
+
+
 def bench_env(args: Env) -> None:
     with worker_pool(args.workers) as pool:
         stock = sum(pool.map(stock_steps_per_second, [args.seconds] * args.workers))
@@ -89,12 +135,26 @@ def bench_env(args: Env) -> None:
             policy.act(obs, sample=True).actions
         )
     for task in args.tasks:
+        with worker_pool(args.workers) as pool:
+            measured = list(pool.map(milliseconds, [task] * args.workers, [args.chunk] * args.workers))
+            rates = pool.map(demonstrations_per_second, [task] * args.workers, [args.seconds] * args.workers)
+            print(f"{task}: {sum(rates):.1f} demonstrations/s in {args.workers} processes")
+        cost = {name: float(np.mean([m[name] for m in measured])) for name in measured[0]}
+        print("ms on a core: " + ", ".join(f"{name} {ms:.2f}" for name, ms in cost.items()))
+        physics, picture, *_ = cost.values()
+        floor = args.workers * 1000 * args.chunk / (physics + picture)
+        print(
+            f"floor, physics and a picture a chunk of {args.chunk} on {args.workers} cores: {floor:.0f} control steps/s"
+        )
+        start = time.time()
         world = VecEnv(task, TWIN, args.num_envs, args.workers)
+        world.reset(SEEDS["rl"])
+        print(f"{args.num_envs} environments are ready after {time.time() - start:.1f} s")
         for way, act in ways.items():
             rate = steps_per_second(world, act, args.seconds)
             print(
                 f"{task}, {args.num_envs} environments in {args.workers} processes, {way}: {rate:.0f} control steps/s, "
-                f"{rate / stock:.1f} x stock"
+                f"{rate / stock:.1f} x stock, {rate / floor:.2f} of the floor"
             )
         world.close()
 
