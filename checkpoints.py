@@ -14,15 +14,18 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,6 +169,34 @@ def read_file(path: str | Path) -> Any:
 def run_settings(args) -> dict:
     """The dataclass of a script's arguments as JSON holds it: a path becomes text."""
     return json.loads(json.dumps(dataclasses.asdict(args), default=str))
+
+
+def provenance(args, device: str) -> dict:
+    """What it takes to repeat what a script makes with these arguments: settings, commit, machine, versions."""
+
+    def git(*command):
+        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        if git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1:
+            commit += "-dirty"
+    except OSError:  # no git
+        commit = ""
+    machine = dict(device=device, cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads())
+    packages = {}
+    for name in ("torch", "transformers", "mani_skill", "sapien", "numpy"):
+        with suppress(PackageNotFoundError):  # a policy runs where no simulator is installed
+            packages[name] = version(name)
+    return dict(args=run_settings(args), commit=commit, python=platform.python_version(), **machine, **packages)
+
+
+def note_origin(args, start: int, device, weights: str, datasets: list) -> None:
+    """Write OUT/made_by_from_START.json, one for each time that a run is started or resumed: `provenance`, the hash of
+    the weights that it began with, and those of its datasets (data.Demonstrations)."""
+    made_by = provenance(args, str(device)) | dict(weights=weights)
+    made_by |= {str(dataset.path): dataset.sha256() for dataset in datasets}
+    write_file(args.out / f"made_by_from_{start}.json", made_by)
 
 
 def save_run(folder: Path, settings: dict, **state) -> None:

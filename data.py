@@ -10,6 +10,7 @@ A dataset is a folder in LeRobot's format: v3.0 is written, v2.0 to v3.0 are rea
 robot or from the Hub. State and action have 7 dimensions; units and frames are those of envs.py.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -384,6 +385,14 @@ class Demonstrations:
 
     def __len__(self):
         return len(self.state)
+
+    def sha256(self) -> str:
+        """Of states, actions, prompts and the episodes' bounds; pictures would take minutes."""
+        total = hashlib.sha256()
+        for array in (self.state, self.action, self.bounds):
+            total.update(np.ascontiguousarray(array).tobytes())
+        total.update("\0".join(self.prompt).encode())
+        return total.hexdigest()
 
     def part(self, first: int, last: int) -> "Demonstrations":
         """Episodes first .. last-1."""
@@ -1335,6 +1344,9 @@ def collect(args: CollectArgs) -> None:
             out = demos_path(args.task, domain.name, held_out, args.out)
             lengths = collect_dataset(args.task, domain, num, out, first_seed, pool, args.video, **settings)
             print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
+    print(
+        f"look at them: python data.py show {demos_path(args.task, args.target, folder=args.out)}; next: train_sft.py"
+    )
 
 
 if __name__ == "__main__":

@@ -17,18 +17,15 @@ import itertools
 import logging
 import math
 import os
-import platform
 import re
 import socket
 import struct
-import subprocess
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -39,7 +36,7 @@ import tyro
 from tqdm import tqdm
 
 import envs
-from checkpoints import UserError, claim, one_line_errors, read_file, robot_dims, run_settings, write_file
+from checkpoints import UserError, claim, one_line_errors, provenance, read_file, robot_dims, write_file
 from data import worker_pool
 from machines import find_device
 from page import film, html_table, learning_curves, write_page
@@ -188,25 +185,6 @@ def report(results: list[dict], pairs: list[dict]) -> str:
     return table(results) + ("\n\n" + difference_table(pairs) if pairs else "")
 
 
-def provenance(args) -> dict:
-    """What else it takes to repeat an evaluation."""
-
-    def git(*command):
-        return subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
-
-    try:
-        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
-        if git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1:
-            commit += "-dirty"
-    except OSError:  # no git
-        commit = ""
-    machine = dict(
-        device=str(find_device(args.device)), cores=len(os.sched_getaffinity(0)), threads=torch.get_num_threads()
-    )
-    packages = {name: version(name) for name in ("torch", "transformers", "mani_skill", "sapien", "numpy")}
-    return dict(args=run_settings(args), commit=commit, python=platform.python_version(), **machine, **packages)
-
-
 def load_policies(names: tuple[str, ...], device: str) -> dict[str, Policy]:
     missing = [name for name in names if name in EvaluationArgs.policies and not Path(name).exists()]
     if missing:
@@ -309,45 +287,65 @@ def standin(args: StandinArgs) -> None:
         raise UserError("--episodes and --num-envs are at least 1")
     policies = load_policies(args.policies, args.device)
     weights = {name: policy.sha256() for name, policy in policies.items()}
-    repeat = dict(weights=weights, **provenance(args))
+    repeat = dict(weights=weights, **provenance(args, str(find_device(args.device))))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     domains = list(dict.fromkeys(["twin", args.target]))
     claim(args.out)
 
-    results = []
-    outcomes = {domain: {} for domain in domains}
     recorded = {}  # by domain and checkpoint, the states of each episode
-    for domain in domains:
-        for name, policy in policies.items():
-            # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
-            world = make_world(args, domain, policy.image_size)
-            with closing(world):
-                played = world.play(greedy(policy), seeds, f"{name}, {domain}")
-            success = played["success"].tolist()
-            length = played["length"].tolist()
-            recorded[domain, name] = dict(zip(seeds, played["snapshots"]))
-            cell = summary(name, domain, args.task, success, length)
-            results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
-            outcomes[domain][name] = dict(zip(seeds, success))
-    pairs = differences(outcomes)
-    write_file(args.out / "results.json", dict(results=results, differences=pairs, **repeat))
-    what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
-    print(f"\n{report(results, pairs)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {args.out}/results.json")
+    saved = finished(args.out / "results.json", repeat)
+    results = saved["results"] if saved else []
+    for domain, name in itertools.product(domains, policies):
+        if saved:
+            break
+        # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
+        with closing(make_world(args, domain, policies[name].image_size)) as world:
+            played = world.play(greedy(policies[name]), seeds, f"{name}, {domain}")
+        success = played["success"].tolist()
+        length = played["length"].tolist()
+        recorded[domain, name] = dict(zip(seeds, played["snapshots"]))
+        cell = summary(name, domain, args.task, success, length)
+        results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
+    outcomes = {domain: {} for domain in domains}
     ends = {}
     for r in results:
+        outcomes[r["domain"]][r["policy"]] = dict(zip(seeds, r["success"]))
         for seed, success, length in zip(seeds, r["success"], r["length"]):
             ends[r["domain"], r["policy"], seed] = (success, length)
-    films = []
-    for seed in worth_seeing(outcomes[args.target], args.videos):
-        for (domain, name), by_seed in recorded.items():
-            path = video_path(args.out, name, domain, seed, outcomes[domain][name][seed])
-            episode = (seed, by_seed[seed], policies[name].chunk)
-            films.append((path, args.task, envs.DOMAINS[domain], args.variation, *episode, args.render))
-    write_evaluation(args, what, results, pairs, ends)  # the figures, if drawing is interrupted
-    if films:
-        draw_videos(films)
-        write_evaluation(args, what, results, pairs, ends)
-    print(f"the page to look at: {args.out}/index.html")
+    pairs = differences(outcomes)
+    content = dict(results=results, differences=pairs, **repeat)
+    what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
+    print(f"\n{report(results, pairs)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {args.out}/results.json")
+    if not saved:
+        write_file(args.out / "results.json", content)
+        films = []
+        for domain, name in recorded:
+            for seed in seeds:  # a video of another evaluation is none of this one
+                video_path(args.out, name, domain, seed, outcomes[domain][name][seed]).unlink(missing_ok=True)
+        for seed in worth_seeing(outcomes[args.target], args.videos):
+            for (domain, name), by_seed in recorded.items():
+                path = video_path(args.out, name, domain, seed, outcomes[domain][name][seed])
+                episode = (seed, by_seed[seed], policies[name].chunk, args.render, policies[name].image_size)
+                films.append((path, args.task, envs.DOMAINS[domain], args.variation, *episode))
+        write_evaluation(args, what, results, pairs, ends)  # the figures, if drawing is interrupted
+        if films:
+            draw_videos(films)
+            write_evaluation(args, what, results, pairs, ends)
+        write_file(args.out / "results.json", dict(content, finished=True))
+    learnt = "; ".join(map(verdict, pairs)) or "one checkpoint alone: name more --policies to compare"
+    print(f"learnt: {learnt}")
+    print(f"look at: {args.out}/index.html, in any browser")
+    print("next: the same without the anchor, python train_rlco.py --beta 0 --out runs/rl; or another --task (README)")
+
+
+def finished(path: Path, repeat: dict) -> dict | None:
+    """What an evaluation left at `path` that was just this one: checkpoints, settings, versions, and code as committed.
+    None if there is none, or the code is not as it was committed."""
+    if not path.exists() or not repeat["commit"] or repeat["commit"].endswith("-dirty"):
+        return None
+    saved = read_file(path)
+    same = all(saved.get(key) == value for key, value in repeat.items())
+    return saved if same and saved.get("finished") else None
 
 
 def worth_seeing(outcomes: dict[str, dict[int, bool]], n: int) -> list[int]:
@@ -414,7 +412,7 @@ class Trials:
     def add(self, kind: str, **trial) -> None:
         self.saved[kind].append(trial)
         found = dict(results=self.results(), differences=self.differences())
-        write_file(self.path, dict(self.saved, **found, **provenance(self.args)))
+        write_file(self.path, dict(self.saved, **found, **provenance(self.args, str(find_device(self.args.device)))))
 
     def differences(self) -> list[dict]:
         """Every two checkpoints compared on the initial states that both have had."""
@@ -502,7 +500,7 @@ def franka(args: FrankaArgs) -> None:
     tables = report(trials.results(), trials.differences())
     trials.write_page()
     print(f"\n{tables}\n\n{args.task}; {attempts}; {speed}; {trials.path}")
-    print(f"the page to look at: {args.out}/index.html")
+    print(f"look at: {args.out}/index.html, in any browser; the same command with more --trials goes on")
 
 
 def what_trials_show(n: int) -> str:

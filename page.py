@@ -5,6 +5,7 @@
 """
 
 import html
+import io
 import json
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import tyro
@@ -79,9 +81,26 @@ def learning_curves(run: Path) -> list[dict]:
     return charts
 
 
+def log_video(writer, path: Path, step: int) -> None:
+    """Put a video into TensorBoard, as a moving picture (and so into W&B, which reads along). torch's `add_video` would
+    need moviepy."""
+    if not path.exists():  # whoever evaluates in another way may film nothing
+        return
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    with av.open(str(path)) as video:
+        frames = [frame.to_image() for frame in video.decode(video=0)]
+        milliseconds = round(1000 / video.streams.video[0].average_rate)
+    gif = io.BytesIO()
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    width, height = frames[0].size
+    picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
+    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), step)
+
+
 @cache  # a process that draws keeps its scenes: making one takes seconds
-def _scenes(task, domain, variation, render):
-    kwargs = dict(variation=variation, render=render, video_size=360)
+def _scenes(task, domain, variation, render, image_size):
+    kwargs = dict(variation=variation, render=render, image_size=image_size, video_size=360)
     return [envs.make(task, domain, film=film, **kwargs) for film in (False, True)]
 
 
@@ -93,11 +112,12 @@ def film(
     seed: int,
     snapshots: list,
     chunk: int,
-    render="auto",
+    render: str = "auto",
+    image_size: int = envs.IMAGE_SIZE,
 ):
     """Draw a video of an episode that was played: `snapshots` of its control steps, from `envs.VecEnv.play`. Inset is
-    what the policy saw when it last decided, which it did every `chunk` control steps."""
-    seen, shown = _scenes(task, domain, variation, render)
+    what the policy saw when it last decided, which it did every `chunk` control steps, `image_size` pixels wide."""
+    seen, shown = _scenes(task, domain, variation, render, image_size)
     observation = seen.observe(seen.reset(seed=[seed])[0])
     shown.reset(seed=[seed])
     frames = []

@@ -775,7 +775,7 @@ def record(args: RecordArgs) -> None:
                     np.savez(temporary, prompt=env.instruction, seed=first_seed + n, **episode)
                 print(f"kept, {len(episode['action'])} steps", flush=True)
     data.write_dataset(out, (np.load(path) for path in kept()), envs.CONTROL_HZ)
-    print(f"{out}: {len(kept())} demonstrations")
+    print(f"{out}: {len(kept())} demonstrations; look at them: python data.py show {out}")
     shutil.rmtree(parts)
 
 

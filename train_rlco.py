@@ -27,6 +27,7 @@ import checkpoints
 import data
 import envs
 import machines
+import page
 from checkpoints import UserError
 from policy import AdamW, apply_defaults, concat_obs, index_obs, load_policy
 
@@ -335,7 +336,7 @@ def main(args: Args):
         start, updates, metrics, best = (state[k] for k in ("iteration", "updates", "metrics", "best"))
         if len(metrics) > args.iterations:  # with the last validation
             plot_run(metrics, args.target, args.out / "learning_curve.png")
-            print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
+            print(f"{args.out}: done already, best success in the twin {best:.0%}; next: python eval_real.py")
             return
         del metrics[start:]  # a last validation, if more iterations are asked for now
         policy.load_state_dict(state["policy"], strict=False)  # what is frozen is --policy's
@@ -343,6 +344,8 @@ def main(args: Args):
         checkpoints.restore_rng(state)
         print(f"{args.out}: resuming at iteration {start}")
     checkpoints.write_file(args.out / "args.json", settings)
+    used = [real, held_out] if args.beta else [held_out]
+    checkpoints.note_origin(args, start, device, settings["weights of --policy"], used)
     if args.wandb:
         import wandb
 
@@ -367,6 +370,7 @@ def main(args: Args):
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/iteration_{iteration}.mp4"
             log |= envs.validate(policy, worlds, args.eval_episodes, held_out_batch, video)
+            page.log_video(writer, video, iteration)
             # A checkpoint is chosen in the twin, which needs no robot; of equally good ones the later is kept.
             if log["eval/success_twin"] >= best:
                 best = log["eval/success_twin"]
@@ -390,6 +394,9 @@ def main(args: Args):
             shown = dict(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}")
             bar.set_postfix(shown, anchor=f"{log['loss/anchor']:.3f}")
             bar.update()
+            if iteration == start:
+                left = log["time/iteration_seconds"] * (args.iterations - iteration - 1)
+                machines.say_if_slow(left, "fewer --iterations or --num-envs, smaller pictures, a GPU")
 
         metrics.append(log)
         for key, value in log.items():

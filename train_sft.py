@@ -26,6 +26,7 @@ import checkpoints
 import data
 import envs
 import machines
+import page
 from checkpoints import UserError
 from policy import AdamW, apply_defaults, index_obs, load_policy
 
@@ -145,7 +146,7 @@ def main(args: Args):
         step = state["step"]
         best = state["best"]
         if step == args.steps:
-            print(f"{args.out}: done already, best success in the twin {best:.0%} (validation seeds)")
+            print(f"{args.out}: done already, best success in the twin {best:.0%}; next: python train_rlco.py")
             return
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
@@ -154,6 +155,7 @@ def main(args: Args):
         print(f"{args.out}: resuming at step {step}")
 
     checkpoints.write_file(args.out / "args.json", settings)
+    checkpoints.note_origin(args, step, device, policy.sha256(), [*trained_on, held_out])
     if args.wandb:
         import wandb
 
@@ -198,11 +200,15 @@ def main(args: Args):
             writer.add_scalar("charts/grad_norm", grad_norm.item(), step)
             writer.add_scalar("charts/learning_rate", scheduler.get_last_lr()[0], step)
             bar.set_postfix(loss=f"{loss.mean().item():.3f}")
+        if bar.n - bar.initial == 20:
+            left = bar.format_dict["elapsed"] / 20 * (args.steps - step)
+            machines.say_if_slow(left, "fewer --steps, a smaller --batch-size, smaller pictures in the dataset, a GPU")
 
         if step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/step_{step}.mp4"
             log = envs.validate(policy, worlds, args.eval_episodes, held_out_batch, video)
+            page.log_video(writer, video, step)
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
             # A checkpoint is chosen in the twin, which needs no robot; of equally good ones the later is kept.

@@ -5,6 +5,7 @@ from scipy.stats import binomtest
 
 import envs
 import eval_real
+from checkpoints import write_file
 
 
 @pytest.mark.parametrize("successes,n", [(0, 7), (0, 20), (3, 20), (20, 20), (50, 100), (119, 120), (120, 120)])
@@ -91,3 +92,17 @@ def test_how_many_trials_show_what():
     better, worse = (rng.random((1000, 20)) < 0.5 + sign * few / 200 for sign in (1, -1))
     counts = zip((better & ~worse).sum(1), (worse & ~better).sum(1))
     assert sum(eval_real.sign_test(int(k), int(m)) < 0.05 for k, m in counts) > 760
+
+
+def test_only_the_same_evaluation_counts_as_done(tmp_path):
+    path = tmp_path / "results.json"
+    repeat = dict(commit="abc", weights=dict(a="1"), args=dict(episodes=3))
+    write_file(path, dict(results=[1], **repeat))
+    assert eval_real.finished(path, repeat) is None  # killed while it drew the videos
+    write_file(path, dict(results=[1], finished=True, **repeat))
+    assert eval_real.finished(path, repeat)["results"] == [1]
+    for asked in (dict(weights=dict(a="2")), dict(args=dict(episodes=4))):
+        assert eval_real.finished(path, repeat | asked) is None
+    for commit in ("abc-dirty", ""):  # nobody knows what code that was
+        write_file(path, dict(repeat, results=[1], finished=True, commit=commit))
+        assert eval_real.finished(path, repeat | dict(commit=commit)) is None

@@ -1,5 +1,6 @@
 """The pages, in the browser that people have; what is drawn, against what was played."""
 
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 from websockets.sync.client import connect
 
 import envs
 import eval_real
+import machines
 import page
 
 POLICIES = ("runs/sft/best", "runs/</script>&{{head}}/best")  # whatever a folder is called
@@ -170,7 +175,7 @@ def test_a_video_is_of_the_episode_that_was_played(tmp_path):
     snapshots = played["snapshots"][0]
     assert len(snapshots) == played["length"][0] == 56 and np.ptp(snapshots, 0).max() > 0.1
     page.film(tmp_path / "v.mp4", "push_cube", envs.STANDIN, None, 7, snapshots[:8], chunk=4)
-    seen, large = page._scenes("push_cube", envs.STANDIN, None, "auto")
+    seen, large = page._scenes("push_cube", envs.STANDIN, None, "auto", 64)
     for scene in (seen, large):
         np.testing.assert_allclose(scene.snapshot()[0], snapshots[7], atol=1e-5)
     with av.open(str(tmp_path / "v.mp4")) as video:
@@ -195,3 +200,23 @@ def test_a_dataset_is_shown_in_a_browser(name, tmp_path, chromium, capsys):
     loaded = page.data.load_dataset(dataset)
     seconds = (loaded.bounds[-1] - loaded.bounds[-2]) / loaded.fps + 1
     assert browser("large.duration") == pytest.approx(seconds, abs=0.11)
+
+
+def test_tensorboard_gets_the_validation_video(tmp_path):
+    pictures = [np.full((8, 16, 3), 10 * t, np.uint8) for t in range(12)]
+    envs.write_video(tmp_path / "v.mp4", [pictures])
+    with SummaryWriter(tmp_path) as writer:
+        page.log_video(writer, tmp_path / "v.mp4", 5)
+    (event,) = EventAccumulator(str(tmp_path), size_guidance=dict(images=0)).Reload().Images("validation")
+    gif = Image.open(io.BytesIO(event.encoded_image_string))
+    assert (event.step, event.width, gif.size, gif.info["duration"]) == (5, 16, (16, 8), 100) and gif.n_frames > 8
+
+
+def test_a_slow_machine_is_told_what_to_do(capsys, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(torch.get_num_threads() + 1))
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 0, 0))
+    machines.say_if_slow(3000, "fewer --steps")
+    assert not capsys.readouterr().out
+    machines.say_if_slow(7200, "fewer --steps")
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("2.0 hours", "99 programs", "OMP_NUM_THREADS", "fewer --steps"))

@@ -62,6 +62,8 @@ def test_both_stages_leave_what_they_promise(folder):
             assert {"config.json", "model.safetensors", "tokenizer.json", "stats.json"} <= files
         assert list((folder / "runs" / name / "tensorboard").iterdir())
         assert json.loads((folder / "runs" / name / "args.json").read_text())["out"] == f"runs/{name}"
+        made_by = json.loads((folder / "runs" / name / "made_by_from_0.json").read_text())
+        assert len(made_by["demos/push_cube-standin-val"]) == 64 and made_by["torch"] and made_by["args"]
     metrics = json.loads((folder / "runs/rlco/metrics.json").read_text())
     assert [m["iteration"] for m in metrics] == [0, 1, 2]
     assert metrics[0]["loss/anchor"] == 0 and metrics[1]["loss/anchor"] > 0  # the critic warms up first
