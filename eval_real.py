@@ -28,7 +28,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -654,8 +654,8 @@ class Server:
     """
 
     MAX_MESSAGE = 1 << 24  # bytes, a picture of 4K is twice as many
-    MAX_CLIENTS = 16
-    MAX_CONNECTIONS = 64  # those that have not said yet what they want included
+    MAX_CLIENTS = 32
+    MAX_CONNECTIONS = 128  # those that have not said yet what they want included
     MESSAGE_TIME = 20  # s, for a message to come or to be taken
     SILENCE = 1800  # s between two observations
 
@@ -677,7 +677,7 @@ class Server:
         quiet = logging.getLogger("rlco.server")
         quiet.setLevel(logging.CRITICAL)
         # A ping is answered between two messages: who begins one and does not end it is noticed by that.
-        times = dict(open_timeout=10, ping_interval=self.MESSAGE_TIME / 2, ping_timeout=self.MESSAGE_TIME / 2)
+        times = dict(open_timeout=5, ping_interval=self.MESSAGE_TIME / 2, ping_timeout=self.MESSAGE_TIME / 2)
         limits = dict(max_size=self.MAX_MESSAGE, max_queue=1, compression=None)
         listener = serve(self.handle, sock=sock, process_request=self.admit, logger=quiet, **times, **limits)
         accepted = listener.handler
@@ -707,7 +707,7 @@ class Server:
     def infer(self, obs: dict, noise: tuple | None) -> tuple[dict, tuple]:
         """Answer an observation; `noise` is torch's random state after the last answer of this connection, if there was
         one -> reply, the state after this one."""
-        with self.one_at_a_time, torch.random.fork_rng():
+        with torch.random.fork_rng():
             if noise is None:
                 torch.manual_seed(envs.SEEDS["evaluation"])
             else:
@@ -736,8 +736,9 @@ class Server:
         finally:
             self.clients.release()
 
-    def converse(self, client) -> NoReturn:
+    def converse(self, client) -> None:
         import msgpack
+        from websockets.protocol import State
 
         # Who does not take his answers does not hold this thread for ever.
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", self.MESSAGE_TIME, 0))
@@ -751,7 +752,10 @@ class Server:
                 client.send(str(error))
                 continue
             try:
-                reply, noise = self.infer(obs, noise)
+                with self.one_at_a_time:
+                    if client.protocol.state is not State.OPEN:
+                        return  # gone while others were answered: no work for nobody
+                    reply, noise = self.infer(obs, noise)
             except Exception as error:  # one client's fault, or ours, is no reason to leave the others
                 traceback.print_exc()
                 client.send(one_line(error))

@@ -2,24 +2,34 @@
 
 python -m results.trust kills     # kill -9 at random moments of every program; each must end as if nothing had been
 python -m results.trust fuzz      # damaged datasets and checkpoints: read, or refused in one line
+python -m results.trust server    # good clients among bad ones
+python -m results.trust arm       # faults at random moments of trials on franka-sim
 """
 
+import fcntl
+import http.server
 import json
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import torch
 import tyro
@@ -330,7 +340,449 @@ def fuzz(args: Fuzz) -> None:
     report(f"`python -m results.trust fuzz --mutations {args.mutations}`", "\n".join(rows))
 
 
+# ---- the server ----------------------------------------------------------------------------------------------------
+
+ENVIRON = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1"}
+os.environ.setdefault("FRANKA_REALTIME", "ignore")  # no real-time kernel here
+
+
+@dataclass
+class Server:
+    """Eight clients at one server: three good ones, whose actions must be those that they get alone, and one each that
+    is slow, silent, broken, hostile, and a stranger without the key."""
+
+    minutes: float = 10.0
+    """How long."""
+    seed: int = 0
+    """Of what is sent."""
+
+
+def observation(client: int, step: int) -> dict:
+    rng = np.random.default_rng((client, step))
+    return dict(image=rng.integers(0, 256, (64, 64, 3), np.uint8), state=rng.random(7, np.float32), prompt="push")
+
+
+def attack(port: int, key: str, seconds: float, seed: int) -> tuple[dict, list, Counter]:
+    """Eight clients for some seconds -> what each good one gets alone, (client, actions) of every round of theirs, how
+    often the others came."""
+    import msgpack
+    from websockets.exceptions import ConnectionClosed, InvalidHandshake
+    from websockets.sync.client import connect
+
+    from eval_real import pack_array, unpack_array
+
+    url = f"ws://127.0.0.1:{port}"
+    headers = {"Authorization": f"Api-Key {key}"}
+    end = [float("inf")]
+    kept = []
+    others = Counter()
+
+    def opened(**more):
+        return connect(url, compression=None, max_size=None, additional_headers=headers, **more)
+
+    def episode(client):
+        """Five decisions of a good client."""
+        actions = []
+        with opened() as ws:
+            ws.recv()
+            for step in range(5):
+                ws.send(msgpack.packb(observation(client, step), default=pack_array))
+                actions.append(msgpack.unpackb(ws.recv(), object_hook=unpack_array)["actions"])
+        return np.stack(actions)
+
+    def good(client):
+        kept.append((client, episode(client)))
+
+    def slow(rng):
+        with opened() as ws:
+            message = msgpack.packb(observation(9, 0), default=pack_array)
+            ws.send(message[i : i + 500] for i in range(0, len(message), 500) if not time.sleep(0.05))
+            ws.recv()
+            ws.recv()
+
+    def silent(rng):
+        with opened() as ws, socket.create_connection(("127.0.0.1", port)):
+            ws.recv()
+            time.sleep(min(60, max(0, end[0] - time.time())))
+
+    def broken(rng):
+        with opened() as ws:
+            ws.recv()
+            message = msgpack.packb(observation(9, 1), default=pack_array)
+            ws.send(message)
+            if rng.random() < 0.5:
+                ws.socket.sendall(b"\x82\x7e\x40\x00" + message[:100])  # a message that says it is longer
+            ws.socket.close()
+
+    def hostile(rng):
+        garbage = (
+            rng.bytes(1000),
+            b"\x91" * 10000,
+            b"\x80" * 1000,
+            b"\xdd\x00\x0f\xff\xff" + b"\x80" * (1 << 20),
+            bytes(1 << 24),
+            bytes((1 << 24) + 1),
+            msgpack.packb({**observation(9, 2), "state": np.full(7, 1e300)}, default=pack_array),
+            msgpack.packb(dict(observation(9, 3), image=np.zeros((2000, 2000, 3), np.uint8)), default=pack_array),
+        )
+        with opened() as ws:
+            ws.recv()
+            for _ in range(20):
+                ws.send(garbage[rng.integers(len(garbage))])
+                if rng.random() < 0.7:
+                    answer = ws.recv()
+                    if not isinstance(answer, str) or not answer.strip() or "\n" in answer:
+                        raise RuntimeError(f"not a line: {answer!r:.200}")
+
+    def stranger(rng):
+        with suppress(InvalidHandshake, ConnectionClosed):
+            connect(url, additional_headers={"Authorization": "Api-Key guessed"} if rng.random() < 0.5 else {})
+            raise RuntimeError("a stranger got in")
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(rng.bytes(300))
+        time.sleep(0.1)
+
+    problems = []
+
+    def go_on(work, argument):
+        while time.time() < end[0] and not problems:
+            try:
+                others[work.__name__] += 1
+                work(argument)
+            except (ConnectionClosed, InvalidHandshake, OSError) as error:
+                if work is good:
+                    problems.append(error)
+            except Exception as error:
+                problems.append(error)
+
+    alone = {client: episode(client) for client in range(3)}
+    end[0] = time.time() + seconds
+    rngs = np.random.default_rng(seed).spawn(5)
+    works = [(good, client) for client in alone] + list(zip((slow, silent, broken, hostile, stranger), rngs))
+    threads = [threading.Thread(target=go_on, args=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]
+    del others["good"]
+    return alone, kept, others
+
+
+def memory(pid: int) -> int:
+    """MB that a process holds."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1000
+
+
+def server(args: Server) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        make_checkpoint(Path(root, "policy"), "ours")
+        command = [sys.executable, ROOT / "eval_real.py", "serve", "--policy", Path(root, "policy"), "--port", "0"]
+        environ = {**ENVIRON, "RLCO_API_KEY": "key"}
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        port = int(process.stdout.readline().rsplit(":", 1)[1])
+        rounds = wrong = 0
+        others = Counter()
+        held = []
+        for part in range(10):
+            alone, kept, came = attack(port, "key", 6 * args.minutes, args.seed + part)
+            rounds += len(kept)
+            wrong += sum(not np.array_equal(actions, alone[client]) for client, actions in kept)
+            others += came
+            held.append(memory(process.pid))
+            print(f"{rounds} rounds of good clients, {wrong} with other actions; {dict(others)}; {held} MB", flush=True)
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    text = f"""| | |
+| --- | --- |
+| episodes of 5 decisions of the three good clients | {rounds} |
+| of these with other actions than alone | {wrong} |
+| visits of the others | {", ".join(f"{name} {count}" for name, count in others.items())} |
+| memory of the server after each tenth, MB | {", ".join(map(str, held))} |
+| tracebacks that the server has printed | {output.count("Traceback")} |"""
+    report(f"`python -m results.trust server --minutes {args.minutes:g}`", text)
+
+
+# ---- the arm -------------------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.02)
+
+
+class Stream(http.server.ThreadingHTTPServer):
+    """A network camera (MJPEG over HTTP). `mode`: "live" has a sensor's noise, "frozen" repeats a picture, "dropped" is
+    silent."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+                self.end_headers()
+                rng, last = np.random.default_rng(0), None
+                try:
+                    while True:
+                        if self.server.mode == "live" or last is None:
+                            noisy = self.server.scene + rng.integers(-8, 9, self.server.scene.shape)
+                            last = cv2.imencode(".jpg", noisy.clip(0, 255).astype(np.uint8))[1].tobytes()
+                        if self.server.mode != "dropped":
+                            self.wfile.write(
+                                b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
+                                % (len(last), last)
+                            )
+                        time.sleep(1 / 30)
+                except OSError:
+                    pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.mode, self.scene = "live", np.full((120, 160, 3), 128, int)
+        self.scene[40:80, 60:100] = (200, 60, 20)  # BGR: blue, in the middle
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}/camera.mjpg"
+
+
+class Simulator:
+    """results/simulator.py. The communication constraints (20 ms without an answer are a reflex) trip by themselves
+    on a loaded machine: on where a test is about them.
+    """
+
+    def __init__(self, python, folder):
+        self.python, self.folder, self.process = python, folder, None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.ip = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(self, *flags, lost=20):
+        self.stop()
+        for fault in ("stuck", "unplugged"):
+            (self.folder / fault).unlink(missing_ok=True)
+        port = self.ip.split(":")[1]
+        with open(self.folder / "log", "w") as log:
+            self.process = subprocess.Popen(
+                [self.python, ROOT / "results/simulator.py", self.folder, port, str(lost), *flags],
+                env=ENVIRON,
+                stdout=log,
+                stderr=log,
+            )
+        wait_for(self.answers)
+        return self
+
+    def answers(self):
+        assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
+        import franka
+
+        try:
+            return franka.Robot(self.ip).read_once().robot_mode == "idle"
+        except franka.FrankaError:
+            return False
+
+    def stop(self):
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        self.process = None
+
+
+@dataclass
+class Arm:
+    """Evaluate a scripted policy on franka-sim, trial after trial, and let something go wrong at a random moment of
+    each: the arm must come to rest in time, never leave its box, and the trials before must be kept."""
+
+    faults: int = 200
+    """How many, of each kind as many."""
+    seed: int = 0
+    """Of the moments."""
+
+
+REST = 3.0  # s after a fault within which the arm is at rest; two of them are --max-image-age or --max-silence below
+ENDS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "closed terminal": signal.SIGHUP, "kill -9": signal.SIGKILL}
+LAST = (*ENDS, "lost connection")  # these end the program
+FAULTS = (*LAST, "stale picture", "frozen picture", "NaN", "huge step", "slow policy", "stuck hand", "reflex")
+
+
+class Scripted:
+    """A policy that wanders, or does what FOLDER/fault says."""
+
+    image_size = 64
+    chunk = 4
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rng = np.random.default_rng()
+
+    def sha256(self):
+        return "scripted"
+
+    def act(self, obs, sample):
+        actions = torch.tensor(self.rng.uniform(-0.02, 0.02, (1, 4, 7)), dtype=torch.float32)
+        actions[..., 3:6] = 0
+        actions[..., 6] = self.rng.choice([-1.0, 1.0])
+        fault = (self.folder / "fault").read_text() if (self.folder / "fault").exists() else ""
+        if fault == "NaN":
+            actions[0, 2, 1] = torch.nan
+        elif fault == "huge step":
+            actions[0, 3, 0] = 1.0
+        elif fault == "slow policy":
+            time.sleep(3)
+        return SimpleNamespace(actions=actions)
+
+
+class Pressing:
+    """An operator who agrees to everything, and ends a trial after some seconds."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, question, keys, meanwhile=None):
+        self.until = time.monotonic() + 4
+        return "y" if "y" in keys else keys[0]
+
+    def first_of(self, keys):
+        return "y" if time.monotonic() > self.until else ""
+
+
+def evaluate(ip: str, camera: str, folder: Path) -> None:
+    """The program that is tried: eval_real.py's trials, in a process of its own."""
+    import eval_real
+    import robot
+
+    eval_real.load_policies = lambda *_: {"scripted": Scripted(folder)}
+    eval_real.Keyboard = Pressing
+    eval_real.provenance = lambda args: {}
+    eval_real.envs.write_video = lambda *_: None
+    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=2.0, max_silence=2.0)
+    with open(folder / "output", "a", buffering=1) as sys.stdout, suppress(KeyboardInterrupt, UserError):
+        eval_real.franka(eval_real.FrankaArgs(policies=("scripted",), trials=10000, out=folder / "runs", rig=rig))
+
+
+def read_motion(folder: Path) -> np.ndarray:
+    """(time, seven joint angles) of the arm so far, [N,8]."""
+    content = (folder / "motion").read_bytes()
+    return np.frombuffer(content[: len(content) // 64 * 64]).reshape(-1, 8)
+
+
+def seconds_to_rest(motion: np.ndarray, since: float) -> float:
+    """Seconds from a time to the first 0.2 s in which no joint moves by more than 2 mrad; inf if there are none."""
+    after = motion[motion[:, 0] >= since]
+    for i in range(0, len(after), 5):
+        window = after[(after[:, 0] >= after[i, 0]) & (after[:, 0] < after[i, 0] + 0.2)]
+        if after[-1, 0] - after[i, 0] >= 0.2 and len(window) > 3 and np.ptp(window[:, 1:], axis=0).max() < 2e-3:
+            return after[i, 0] - since
+    return float("inf")
+
+
+def arm(args: Arm) -> list[str]:
+    """-> what has gone badly, a line each."""
+    import envs
+
+    rng = np.random.default_rng(args.seed)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["eval_real", "franka", "results.trust"])
+    rest = {fault: [] for fault in FAULTS}
+    bad = []
+    trials = []
+    child = None
+    python = ROOT / ".venv-franka-sim/bin/python"  # tests/test_robot.py installs it
+    lock = open(Path(tempfile.gettempdir()) / "franka-sim.lock", "w")  # the hand's port is fixed, as the tests know
+    with tempfile.TemporaryDirectory() as root, lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = Path(root)
+        simulator = Simulator(python, folder).start("enforce", lost=300)
+        camera = Stream()
+
+        def said():
+            return (folder / "output").read_text() if (folder / "output").exists() else ""
+
+        def saved():
+            path = folder / "runs/franka.json"
+            return json.loads(path.read_text())["trials"] if path.exists() else []
+
+        for number in tqdm(range(args.faults), unit="fault"):
+            fault = FAULTS[number % len(FAULTS)]
+            if child is None or not child.is_alive():
+                child = context.Process(target=evaluate, args=(simulator.ip, camera.url, folder))
+                child.start()
+            begun = said().count("y: success")
+            wait_for(lambda begun=begun, child=child: said().count("y: success") > begun or not child.is_alive(), 120)
+            time.sleep(rng.uniform(0.1, 2.5))
+            voids = said().count("does not count.")
+            since = time.monotonic()
+            if fault in ENDS:
+                os.kill(child.pid, ENDS[fault])
+            elif fault == "lost connection":
+                (folder / "unplugged").touch()
+            elif fault in ("stale picture", "frozen picture"):
+                camera.mode = "dropped" if fault == "stale picture" else "frozen"
+            elif fault == "stuck hand":
+                (folder / "stuck").touch()
+            elif fault == "reflex":  # the 1 kHz loop stands still
+                os.kill(child.pid, signal.SIGSTOP)
+                time.sleep(1)
+                os.kill(child.pid, signal.SIGCONT)
+            else:
+                (folder / "fault").write_text(fault)
+
+            if fault in LAST:
+                child.join(30)
+                if child.is_alive():
+                    bad.append(f"{fault}: the program does not end")
+                    child.kill()
+                    child.join()
+            elif fault not in ("slow policy", "stuck hand"):
+                try:
+                    wait_for(lambda voids=voids: said().count("does not count.") > voids, 20)
+                except AssertionError:
+                    bad.append(f"{fault}: the trial goes on")
+            time.sleep(REST + 0.5 if fault in ("slow policy", "stuck hand") else 0.5)
+            motion = read_motion(folder)
+            took = seconds_to_rest(motion, since)
+            rest[fault].append(took)
+            # Stuck fingers stop nothing but the way to the next start.
+            if took > REST and fault != "stuck hand":
+                bad.append(f"{fault}: at rest after {took:.1f} s")
+            for name in ("unplugged", "stuck", "fault"):
+                (folder / name).unlink(missing_ok=True)
+            camera.mode = "live"
+            if saved()[: len(trials)] != trials:
+                bad.append(f"{fault}: trials are lost")
+            trials = saved()
+        child.kill()
+        motion = read_motion(folder)
+        simulator.stop()
+        output = said()
+    tcp = envs.panda_kinematics(torch.tensor(motion[::5, 1:], dtype=torch.float32))[0][:, :3, 3]
+    low, high = torch.tensor(envs.WORKSPACE)
+    outside = float(torch.maximum(low - tcp, tcp - high).max())
+    if outside > 0.03:
+        bad.append(f"the arm was {100 * outside:.1f} cm outside its box")
+    if "Traceback" in output:
+        bad.append("a traceback: " + output[output.index("Traceback") :][:500])
+    rows = ["| fault | tried | at rest after, s: median, longest |", "| --- | --- | --- |"]
+    rows += [f"| {k} | {len(v)} | {np.median(v):.2f}, {max(v):.2f} |" for k, v in rest.items() if v]
+    rows += ["", f"Survived badly: {len(bad)} of {args.faults}. {'; '.join(bad)}"]
+    rows += [f"Trials kept: {len(trials)}. Farthest outside the box: {max(0, 100 * outside):.1f} cm (3 are allowed)."]
+    print("\n".join(rows))
+    report(f"`python -m results.trust arm --faults {args.faults}`", "\n".join(rows))
+    return bad
+
+
+CAMPAIGNS = {"kills": (Kills, kills), "fuzz": (Fuzz, fuzz), "server": (Server, server), "arm": (Arm, arm)}
+
 if __name__ == "__main__":
     one_line_errors()
-    args = tyro.extras.subcommand_cli_from_dict({"kills": Kills, "fuzz": Fuzz}, description=__doc__)
-    kills(args) if isinstance(args, Kills) else fuzz(args)
+    kinds = {name: kind for name, (kind, _) in CAMPAIGNS.items()}
+    args = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
+    next(run for kind, run in CAMPAIGNS.values() if isinstance(args, kind))(args)

@@ -4,12 +4,10 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import http.server
 import json
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,7 @@ import eval_real
 import robot
 from checkpoints import UserError
 from policy import load_policy
+from results.trust import Simulator, Stream, attack, wait_for
 
 try:
     import franka
@@ -191,6 +190,12 @@ def test_a_bad_message_is_answered_and_a_client_that_goes_is_forgotten(connect, 
     np.testing.assert_array_equal(connect().infer(good)["actions"], first)
 
 
+def test_good_clients_get_what_they_get_alone(checkpoint, server):
+    """Seconds of `python -m results.trust server`."""
+    alone, kept, _ = attack(server, KEY, seconds=6, seed=0)
+    assert kept and all(np.array_equal(actions, alone[i]) for i, actions in kept)
+
+
 def pack(**array):
     import msgpack
 
@@ -298,43 +303,6 @@ def test_the_docs_lines_for_maniskills_sim2realenv_run(checkpoint, tmp_path, mon
 
 
 # ------------------------------------------------------------------------------------------------------------- the arm
-class Stream(http.server.ThreadingHTTPServer):
-    """A network camera (MJPEG over HTTP). `mode`: "live" has a sensor's noise, "frozen" repeats a picture, "dropped" is
-    silent."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
-                self.send_response(200)
-                self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
-                self.end_headers()
-                rng, last = np.random.default_rng(0), None
-                try:
-                    while True:
-                        if self.server.mode == "live" or last is None:
-                            noisy = self.server.scene + rng.integers(-8, 9, self.server.scene.shape)
-                            last = cv2.imencode(".jpg", noisy.clip(0, 255).astype(np.uint8))[1].tobytes()
-                        if self.server.mode != "dropped":
-                            self.wfile.write(
-                                b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n%s\r\n"
-                                % (len(last), last)
-                            )
-                        time.sleep(1 / 30)
-                except OSError:
-                    pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.mode, self.scene = "live", np.full((120, 160, 3), 128, int)
-        self.scene[40:80, 60:100] = (200, 60, 20)  # BGR: blue, in the middle
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}/camera.mjpg"
-
-
 @pytest.fixture(scope="module")
 def stream():
     stream = Stream()
@@ -382,54 +350,7 @@ def test_camera_file_and_what_is_no_camera(tmp_path):
             robot.Camera(robot.Rig(camera=str(tmp_path / source) if source != "77" else source))
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not happen"
-        time.sleep(0.02)
-
-
 FRANKA_SIM = "franka-sim==1.1.7"  # pins numpy 1.26, so it has an environment of its own
-
-
-class Simulator:
-    """results/simulator.py. The communication constraints (20 ms without an answer are a reflex) trip by themselves
-    on a loaded machine: on where a test is about them.
-    """
-
-    def __init__(self, python, folder):
-        self.python, self.folder, self.process = python, folder, None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.ip = f"127.0.0.1:{free.getsockname()[1]}"
-
-    def start(self, *flags):
-        self.stop()
-        for fault in ("stuck", "unplugged"):
-            (self.folder / fault).unlink(missing_ok=True)
-        port = self.ip.split(":")[1]
-        with open(self.folder / "log", "w") as log:
-            self.process = subprocess.Popen(
-                [self.python, ROOT / "results/simulator.py", self.folder, port, "20", *flags],
-                env=ENVIRON,
-                stdout=log,
-                stderr=log,
-            )
-        wait_for(self.answers)
-        return self
-
-    def answers(self):
-        assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
-        try:
-            return franka.Robot(self.ip).read_once().robot_mode == "idle"
-        except franka.FrankaError:
-            return False
-
-    def stop(self):
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-        self.process = None
 
 
 @pytest.fixture(scope="module")
