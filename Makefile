@@ -15,7 +15,8 @@ demo: setup
 test: setup .venv/robot
 	@$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	$(PY) -m pytest tests -n 2 --dist loadfile --ignore tests/test_robot.py
+	$(PY) -m pytest tests/test_robot.py  # in real time, so by itself
 
 results: setup
 	@$(PY) -m results.experiment

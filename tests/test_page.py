@@ -133,7 +133,8 @@ def test_the_page_of_an_evaluation_in_a_browser(evaluation, chromium):
     browser(choose.format("success", "value", "'true'"))
     assert browser(count) == 2 * sum(twin[0][seed] or twin[1][seed] for seed in range(100))
     # what is not seen is not loaded, what is seen plays, a click shows it large, and keys go through them
-    assert 0 < browser("document.querySelectorAll('.tile video[src]').length") < 60
+    browser.wait_for(lambda: browser("document.querySelectorAll('.tile video[src]').length"))
+    assert browser("document.querySelectorAll('.tile video[src]').length") < 60
     browser.wait_for(lambda: browser("document.querySelector('.tile video[src]').currentTime > 0"))
     browser("document.querySelector('.tile video[src]').parentElement.click()")
     browser.wait_for(lambda: browser("large.currentTime > 0 && dialog.open"))
