@@ -481,19 +481,25 @@ def server(args: Server) -> None:
         command = [sys.executable, ROOT / "eval_real.py", "serve", "--policy", Path(root, "policy"), "--port", "0"]
         environ = {**ENVIRON, "RLCO_API_KEY": "key"}
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        port = int(process.stdout.readline().rsplit(":", 1)[1])
-        rounds = wrong = 0
-        others = Counter()
-        held = []
-        for part in range(10):
-            alone, kept, came = attack(port, "key", 6 * args.minutes, args.seed + part)
-            rounds += len(kept)
-            wrong += sum(not np.array_equal(actions, alone[client]) for client, actions in kept)
-            others += came
-            held.append(memory(process.pid))
-            print(f"{rounds} rounds of good clients, {wrong} with other actions; {dict(others)}; {held} MB", flush=True)
-        process.send_signal(signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
+        try:
+            port = int(process.stdout.readline().rsplit(":", 1)[1])
+            rounds = wrong = 0
+            others = Counter()
+            held = []
+            for part in range(10):
+                alone, kept, came = attack(port, "key", 6 * args.minutes, args.seed + part)
+                rounds += len(kept)
+                wrong += sum(not np.array_equal(actions, alone[client]) for client, actions in kept)
+                others += came
+                held.append(memory(process.pid))
+                print(
+                    f"{rounds} rounds of good clients, {wrong} with other actions; {dict(others)}; {held} MB",
+                    flush=True,
+                )
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
     text = f"""| | |
 | --- | --- |
 | episodes of 5 decisions of the three good clients | {rounds} |
