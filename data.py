@@ -563,6 +563,8 @@ def _read_meta(root, camera) -> Metadata:
         episodes = _read_episodes(root, info, camera if is_video else None)
         image_column = None if is_video else camera
         shape = (height, width, 3)
+        if not all(isinstance(size, int) for size in shape):
+            raise UserError(f"{root}: info.json says pictures of {height} x {width} pixels")
         tasks = _read_tasks(root, info)
         return Metadata(root, info["fps"], keys, names, image_column, shape, episodes, tasks, notes)
     except (
@@ -666,7 +668,7 @@ def _read_table(path, columns, what):
         return table.select(columns or table.column_names)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; {what} should be in it") from None
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: truncated or corrupt; {what} should be in it ({error})") from None
 
 

@@ -44,9 +44,10 @@ ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "results/TRUST.md"
 
 
-def report(title: str, text: str) -> None:
+def report(command: str, text: str) -> None:
     """Print a campaign's result, and put it into TRUST.md in the place of its last one."""
-    section = f"## {title}\n\n{text.strip()}\n"
+    title = command.split()[0]
+    section = f"## {title}\n\n`python -m results.trust {command}`\n\n{text.strip()}\n"
     print(section)
     sections = re.split(r"^(?=## )", REPORT.read_text(), flags=re.M) if REPORT.exists() else ["# Trust\n\n"]
     others = [other.strip() + "\n" for other in sections if not other.startswith(f"## {title}\n")]
@@ -165,7 +166,7 @@ def kills(args: Kills) -> None:
                 print(row, flush=True)
             elif start(program, folder).wait():
                 raise UserError(f"{program} fails: {(folder / 'output.txt').read_text()[-2000:]}")
-    report(f"`python -m results.trust kills --kills {args.kills}`", "\n".join(rows))
+    report(f"kills --kills {args.kills}", "\n".join(rows))
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ def fuzz(args: Fuzz) -> None:
         print(rows[-1])
         for text, count in outcomes.most_common():
             print(f"  {count} x {text}", flush=True)
-    report(f"`python -m results.trust fuzz --mutations {args.mutations}`", "\n".join(rows))
+    report(f"fuzz --mutations {args.mutations}", "\n".join(rows))
 
 
 # ---- the server ----------------------------------------------------------------------------------------------------
@@ -507,7 +508,7 @@ def server(args: Server) -> None:
 | visits of the others | {", ".join(f"{name} {count}" for name, count in others.items())} |
 | memory of the server after each tenth, MB | {", ".join(map(str, held))} |
 | tracebacks that the server has printed | {output.count("Traceback")} |"""
-    report(f"`python -m results.trust server --minutes {args.minutes:g}`", text)
+    report(f"server --minutes {args.minutes:g}", text)
 
 
 # ---- the arm -------------------------------------------------------------------------------------------------------
@@ -781,7 +782,7 @@ def arm(args: Arm) -> list[str]:
     rows += ["", f"Survived badly: {len(bad)} of {args.faults}. {'; '.join(bad)}"]
     rows += [f"Trials kept: {len(trials)}. Farthest outside the box: {max(0, 100 * outside):.1f} cm (3 are allowed)."]
     print("\n".join(rows))
-    report(f"`python -m results.trust arm --faults {args.faults}`", "\n".join(rows))
+    report(f"arm --faults {args.faults}", "\n".join(rows))
     return bad
 
 
