@@ -11,6 +11,7 @@ Progress is in OUT/tensorboard, checkpoints in OUT/best and OUT/last. The same c
 
 import math
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -170,6 +171,7 @@ def main(args: Args):
     # A generator of its own: the global one stays where resuming put it.
     todo = range(step, args.steps)
     loader = DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator())
+    began = time.time()
     bar = tqdm(total=args.steps, initial=step, desc="stage I", unit="step")
     for batch in loader:
         optimizer.zero_grad()
@@ -200,8 +202,8 @@ def main(args: Args):
             writer.add_scalar("charts/grad_norm", grad_norm.item(), step)
             writer.add_scalar("charts/learning_rate", scheduler.get_last_lr()[0], step)
             bar.set_postfix(loss=f"{loss.mean().item():.3f}")
-        if bar.n - bar.initial == 20:
-            left = bar.format_dict["elapsed"] / 20 * (args.steps - step)
+        if step - todo.start == 20:
+            left = (time.time() - began) / 20 * (args.steps - step)
             machines.say_if_slow(left, "fewer --steps, a smaller --batch-size, smaller pictures in the dataset, a GPU")
 
         if step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
