@@ -56,7 +56,7 @@ def one_line_errors(debug: bool = False) -> None:
         if debug or not users:
             sys.__excepthook__(kind, error, traceback)
         if users:
-            line = str(error).splitlines()[-1].removeprefix("checkpoints.UserError: ")  # after a DataLoader's traceback
+            line = str(error).rpartition("checkpoints.UserError: ")[2]  # after the traceback of a DataLoader's worker
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
 
     def stop(number, frame):

@@ -856,6 +856,7 @@ def test_a_picture_that_a_worker_cannot_read_is_one_line(folder, tmp_path, capsy
     sys.excepthook(UserError, error.value, None)
     line = capsys.readouterr().err
     assert re.fullmatch(r".*: /.*file-000.parquet: frame 1 of episode 2 cannot be read .*\(16, 48, 3\).*\n", line)
+    assert "Traceback" not in line
 
 
 @pytest.mark.parametrize(
