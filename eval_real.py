@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -295,17 +295,18 @@ def standin(args: StandinArgs) -> None:
     recorded = {}  # by domain and checkpoint, the states of each episode
     saved = finished(args.out / "results.json", repeat)
     results = saved["results"] if saved else []
-    for domain, name in itertools.product(domains, policies):
-        if saved:
-            break
-        # Anew for each: PhysX remembers earlier episodes in the last digits, and no result depends on its company.
-        with closing(make_world(args, domain, policies[name].image_size)) as world:
-            played = world.play(greedy(policies[name]), seeds, f"{name}, {domain}")
-        success = played["success"].tolist()
-        length = played["length"].tolist()
-        recorded[domain, name] = dict(zip(seeds, played["snapshots"]))
-        cell = summary(name, domain, args.task, success, length)
-        results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
+    worlds = {}  # by domain and size of the pictures
+    with ExitStack() as opened:
+        for domain, name in [] if saved else itertools.product(domains, policies):
+            place = (domain, policies[name].image_size)
+            if place not in worlds:
+                worlds[place] = opened.enter_context(closing(make_world(args, *place)))
+            played = worlds[place].play(greedy(policies[name]), seeds, f"{name}, {domain}")
+            success = played["success"].tolist()
+            length = played["length"].tolist()
+            recorded[domain, name] = dict(zip(seeds, played["snapshots"]))
+            cell = summary(name, domain, args.task, success, length)
+            results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
     outcomes = {domain: {} for domain in domains}
     ends = {}
     for r in results:
