@@ -171,6 +171,13 @@ def run_settings(args) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(args), default=str))
 
 
+def require_counts(args, names: str) -> None:
+    """UserError unless the options, whose names are separated by spaces, are at least 1."""
+    too_small = [name for name in names.split() if getattr(args, name) < 1]
+    if too_small:
+        raise UserError(f"{', '.join(too_small)}: at least 1")
+
+
 def provenance(args, device: str) -> dict:
     """What it takes to repeat what a script makes with these arguments: settings, commit, machine, versions."""
 
@@ -206,10 +213,8 @@ def save_run(folder: Path, settings: dict, **state) -> None:
 
 
 def resume_run(folder: Path, settings: dict, free: set[str]) -> dict | None:
-    """Claim the folder -> what `save_run` wrote, or None where no run was begun. UserError if that run had other
-    settings than these; those named in `free` may differ. The random numbers stay as they are: call `restore_rng`
-    last."""
-    claim(folder)
+    """What `save_run` wrote, or None where no run was begun. UserError if that run had other settings than these; those
+    named in `free` may differ. The random numbers stay as they are: call `restore_rng` last."""
     if not (folder / "trainer.pt").exists():
         return None
     state = read_file(folder / "trainer.pt")

@@ -1339,11 +1339,22 @@ class VecEnv:
     The processes start in the background, in some seconds; the first `reset` waits for them.
     """
 
-    def __init__(self, task: str, domain: Domain | list, num_envs: int = 32, workers: int | None = None, **kwargs):
-        """`domain`: of all, or each one's. `workers`: processes, one a core by default. `kwargs` are for `make`."""
+    def __init__(
+        self,
+        task: str,
+        domain: Domain | list,
+        num_envs: int = 32,
+        workers: int | None = None,
+        share: tuple[int, int] = (0, 1),
+        **kwargs,
+    ):
+        """`domain`: of all, or each one's. `workers`: processes, one a core by default. `share` (r, N): these worlds
+        are r, r + N, ... of N times as many, the others being elsewhere. `kwargs` are for `make`."""
         require_task(task)
         domains = [domain] * num_envs if isinstance(domain, Domain) else domain
-        workers = max(1, min(workers or len(os.sched_getaffinity(0)), num_envs))
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun sets
+        workers = max(1, min(workers or cores, num_envs))
+        self.first, self.stride = share
         kwargs["render"] = find_renderer(kwargs.get("render", "auto"))  # tried once, and not by every process
         self.num_envs = num_envs
         self.instruction = TASKS[task].instruction
@@ -1356,7 +1367,7 @@ class VecEnv:
             start = START_WORKER.format(folder=str(Path(__file__).parent), pipe=child.fileno())
             command = [sys.executable, "-c", start]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[child.fileno()])
-            pipe.send((task, [domains[i] for i in rows], num_envs, kwargs))
+            pipe.send((task, [domains[i] for i in rows], num_envs * self.stride, kwargs))
             child.close()
             self.pipes.append(pipe)
             self.processes.append(process)
@@ -1390,8 +1401,9 @@ class VecEnv:
 
     def reset(self, seed: int) -> dict:
         """Start every environment anew -> observation. Environment i plays the episodes seed + i, seed + i + num_envs,
-        ..."""
-        return self._stack(self._exchange("reset", {i: seed + i for i in range(self.num_envs)}))
+        ...; of a share, i and num_envs count all."""
+        seeds = {i: seed + self.first + self.stride * i for i in range(self.num_envs)}
+        return self._stack(self._exchange("reset", seeds))
 
     def step(self, actions: Tensor) -> tuple[dict, Tensor, Tensor, Tensor, dict]:
         """actions float32 [B,C,7] -> observation, reward [B] (sum over the chunk), terminated [B] (success), truncated

@@ -1,16 +1,26 @@
-"""Where a run computes, the device of --device; and what to do where it is slow."""
+"""Where a run computes: the device of --device, the processes that torchrun started, and the optimizer that they share.
+
+    torchrun --nproc-per-node 8 train_rlco.py --accumulate 8    # 8 GPUs; the same numbers as on one
+
+Of N processes, process r has the worlds r, r + N, ... and the micro-batches r, r + N, ... of each gradient step.
+Without torchrun there is one process, and nothing here communicates.
+"""
 
 import os
+import sys
+from datetime import timedelta
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import UserError
 
 
 def find_device(name: str) -> torch.device:
-    """What --device means: "auto" is the GPU if torch finds one, else the CPU; or "cpu", "cuda", "cuda:1". UserError if
-    it is not there."""
+    """What --device means: "auto" is the GPU if torch finds one, else the CPU; or "cpu", "cuda", "cuda:1". A process of
+    torchrun gets its own GPU. UserError if it is not there."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if found else "cpu"
@@ -20,8 +30,10 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: auto, cpu, cuda, or a certain GPU such as cuda:1") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: only cpu and cuda were ever tried")
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise UserError(f"--device {name}: torch {torch.__version__} finds {found or 'no'} GPUs; see nvidia-smi")
+        raise UserError(f"--device {device}: torch {torch.__version__} finds {found or 'no'} GPUs; see nvidia-smi")
     return device
 
 
@@ -40,3 +52,181 @@ def say_if_slow(seconds: float, ways: str) -> None:
         help.append(f"torch computes on {threads} of {cores} cores: set OMP_NUM_THREADS={cores}")
     help.append(ways)
     tqdm.write(f"about {seconds / 3600:.1f} hours to go. What helps: {'; '.join(help)}")
+
+
+def start(name: str, accumulate: int) -> torch.device:
+    """Join the processes that torchrun started, if it did -> the device. Only process 0 prints from now on. UserError
+    if the micro-batches of a gradient step cannot be shared out evenly."""
+    device = find_device(name)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        # Process 0 evaluates and saves alone, which takes long: the others wait.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    if accumulate % size():
+        raise UserError(
+            f"--accumulate {accumulate} counts the micro-batches over all {size()} processes: give a multiple of that"
+        )
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if size() > 1:
+        dist.barrier()
+
+
+def own(things: int) -> range:
+    """Which of `things` worlds or micro-batches are this process's."""
+    return range(rank(), things, size())
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """[...,b] of every process -> [...,b N]: column j of process r becomes column j N + r, as `own` counts."""
+    if size() == 1:
+        return x
+    raw = x.contiguous().view(torch.uint8)  # neither gloo nor NCCL knows all of torch's types
+    parts = [torch.empty_like(raw) for _ in range(size())]
+    dist.all_gather(parts, raw)
+    return torch.stack([part.view(x.dtype) for part in parts], -1).flatten(-2)
+
+
+def seed(*key: int) -> None:
+    """Seed torch's random numbers by what they are for: they do not depend on what was drawn before, nor by whom."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+
+def share_out(sizes: list[int]) -> list[int]:
+    """The process of each tensor: the largest goes first to whoever has least."""
+    load = [0] * size()
+    owners = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += sizes[i]
+    return owners
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, over float32 copies of what is in bfloat16 (added to bfloat16 itself, small steps are rounded away), and
+    shared by the processes: each updates some of the weights, whose copies and moments it alone has, and sends them to
+    the others (ZeRO, arXiv 1910.02054, stage 1). A process needs 2 + 4 + 12 / N bytes a weight in bfloat16.
+
+    (torch's ZeroRedundancyOptimizer shares out the moments alone: 2 + 8 + 8 / N, with which OpenVLA in full, 83 GB on
+    each of 8 GPUs, does not fit.) All processes call `clip`, `step` and `state_dict`, in the same order.
+    """
+
+    def __init__(self, groups: list[dict], **settings):
+        self.weights = [weight for group in groups for weight in group["params"]]
+        self.owner = dict(zip(self.weights, share_out([weight.numel() for weight in self.weights])))
+        self.copies: dict[torch.Tensor, torch.Tensor] = {}  # float32, of own weights in bfloat16
+        self.sums: dict[torch.Tensor, torch.Tensor] = {}  # float32 gradients of weights in bfloat16
+        own_groups = []
+        for group in groups:
+            params = [self.float32(weight) for weight in group["params"] if self.owner[weight] == rank()]
+            own_groups.append({**group, "params": params})
+        for weight in self.weights:
+            if weight.dtype != torch.float32:
+                weight.register_post_accumulate_grad_hook(self.collect)
+        super().__init__(own_groups, fused=self.weights[0].is_cuda, **settings)
+
+    def float32(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight itself, or its copy."""
+        if weight.dtype != torch.float32 and weight not in self.copies:
+            self.copies[weight] = weight.detach().float()
+        return self.copies.get(weight, weight)
+
+    def collect(self, weight: torch.Tensor) -> None:
+        """Add up the gradients of several backward passes in float32."""
+        grad = weight.grad.float()
+        self.sums[weight] = self.sums[weight] + grad if weight in self.sums else grad
+        weight.grad = None
+
+    def zero_grad(self) -> None:
+        self.sums.clear()
+        for weight in self.weights:
+            weight.grad = None
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> float:
+        """Add up the processes' gradients, and scale those that are longer than `max_norm`, all weights together -> how
+        long they were."""
+        gradients = {weight: self.sums.get(weight, weight.grad) for weight in self.weights}
+        norms = torch.zeros(len(self.weights), device=self.weights[0].device)
+        for i, (weight, gradient) in enumerate(gradients.items()):
+            if gradient is None:
+                continue
+            if size() > 1:
+                dist.reduce(gradient, self.owner[weight])
+            if self.owner[weight] == rank():
+                norms[i] = gradient.norm()
+        if size() > 1:
+            dist.all_reduce(norms)
+        norm = norms.norm()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+        for weight, gradient in gradients.items():
+            if gradient is not None and self.owner[weight] == rank():
+                gradient.mul_(scale)
+        return norm.item()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for weight, copy in self.copies.items():
+            copy.grad = self.sums.get(weight)
+        super().step()
+        for weight, copy in self.copies.items():
+            weight.copy_(copy)
+            copy.grad = None
+        self.sums.clear()
+        if size() > 1:
+            for weight, owner in self.owner.items():
+                dist.broadcast(weight.data.view(-1).view(torch.uint8), owner)
+
+    def state_dict(self) -> dict:
+        """The same for any number of processes, which all call this: process 0 gets it."""
+        states = []
+        for weight, owner in self.owner.items():
+            state = {}
+            if owner == rank():
+                state = {key: value.cpu() for key, value in self.state[self.float32(weight)].items()}
+                state |= {"copy": self.copies[weight].cpu()} if weight in self.copies else {}
+            states.append(to_first(state, owner))
+        return dict(states=states, lr=[group["lr"] for group in self.param_groups])
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Take one's own share of a `state_dict`."""
+        for group, lr in zip(self.param_groups, state["lr"]):
+            group["lr"] = lr
+        for (weight, owner), saved in zip(self.owner.items(), state["states"]):
+            if owner != rank():
+                continue
+            if "copy" in saved:
+                self.copies[weight].copy_(saved["copy"])
+            # As in torch, the number of steps is on the GPU only if the fused kernel reads it there.
+            self.state[self.float32(weight)] = {
+                key: value.to(weight.device if key != "step" or self.defaults["fused"] else "cpu", copy=True)
+                for key, value in saved.items()
+                if key != "copy"
+            }
+
+
+def to_first(thing: dict, owner: int) -> dict:
+    """What process `owner` has, at process 0 (the others get nothing of use)."""
+    if owner == 0 or rank() not in (0, owner):
+        return thing
+    box = [thing]
+    if rank() == owner:
+        dist.send_object_list(box, dst=0)
+    else:
+        dist.recv_object_list(box, src=owner)
+    return box[0]

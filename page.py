@@ -17,6 +17,7 @@ import av
 import numpy as np
 import torch
 import tyro
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import data
@@ -79,6 +80,17 @@ def learning_curves(run: Path) -> list[dict]:
     if loss:
         charts.append(chart(f"{run}: imitation loss", x, loss))
     return charts
+
+
+def start_log(args, settings: dict, step: int) -> SummaryWriter:
+    """Write the run's settings into OUT/args.json, tell W&B if asked -> TensorBoard, without what a process that was
+    killed had logged from `step` on."""
+    write_file(args.out / "args.json", settings)
+    if args.wandb:
+        import wandb
+
+        wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
+    return SummaryWriter(args.out / "tensorboard", purge_step=step)
 
 
 def log_video(writer, path: Path, step: int) -> None:

@@ -266,45 +266,6 @@ def masked_mean(loss: torch.Tensor, keep: torch.Tensor, reduce: bool) -> torch.T
     return loss.mean() if reduce else loss
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, over float32 copies of what is in bfloat16: added to bfloat16 itself, small steps are rounded away. The
-    copies are in param_groups, and get the gradients; what is in float32 is its own copy."""
-
-    def __init__(self, groups: list[dict], **settings):
-        self.copies: list[tuple[nn.Parameter, torch.Tensor]] = []  # weights in bfloat16, each with its copy
-        groups = [{**group, "params": [self.float32(p) for p in group["params"]]} for group in groups]
-        super().__init__(groups, **settings)
-
-    def float32(self, weight: nn.Parameter) -> torch.Tensor:
-        """The weight itself, or a copy that gets its gradients."""
-        if weight.dtype == torch.float32:
-            return weight
-        copy = weight.detach().float()
-        self.copies.append((weight, copy))
-
-        def collect(weight):  # at once, so that several backward passes add up in float32
-            grad = weight.grad.float()
-            copy.grad = grad if copy.grad is None else copy.grad + grad
-            weight.grad = None
-
-        weight.register_post_accumulate_grad_hook(collect)
-        return copy
-
-    @torch.no_grad()
-    def step(self) -> None:
-        super().step()
-        for weight, copy in self.copies:
-            weight.copy_(copy)
-
-    def state_dict(self) -> dict:
-        return {**super().state_dict(), "copies": [copy for _, copy in self.copies]}
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        for (_, copy), saved in zip(self.copies, state["copies"]):
-            copy.copy_(saved)
-
-
 class Policy(nn.Module, ABC):
     """The contract, which is all that the scripts know of a policy: five methods, `set_trainable` and `save`; `chunk` C
     and `horizon` H, the actions that it executes and predicts at a time; `value_head`, the critic's module.

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoints
@@ -29,7 +28,8 @@ import envs
 import machines
 import page
 from checkpoints import UserError
-from policy import AdamW, apply_defaults, concat_obs, index_obs, load_policy
+from machines import AdamW
+from policy import apply_defaults, concat_obs, index_obs, load_policy
 
 # Options that nobody gave: what was found here, and what RLinf (RL-Co, pi0.5) and RL4VLA (LoRA) published at full size.
 DEFAULTS = {
@@ -77,7 +77,8 @@ class Args:
     anchor_batch_size: int = 64
     """Real samples in a gradient step."""
     accumulate: int = 1
-    """Backward passes in a gradient step: more of them need less memory and give the same gradient up to noise."""
+    """Groups that worlds act in and backward passes of a gradient step, of all processes of torchrun together (a
+    multiple of their number): more of them need less memory."""
     bf16: bool = False
     """Keep weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and
     action projections. What trains of them is updated in float32 copies."""
@@ -117,6 +118,8 @@ class Args:
     """Episodes of each evaluation, on validation seeds."""
     eval_envs: int = 32
     """Worlds that evaluate in the target, and in the plain twin with --randomize."""
+    save_every: int = 1
+    """Iterations between saves, from which a killed run goes on. Fewer saves where one takes long."""
     seed: int = 1
     """Seed of the episodes, the policy's noise and the batches."""
     out: Path = Path("runs/rlco")
@@ -131,33 +134,53 @@ class Args:
     """Show the traceback of an error in the input, too."""
 
 
-def rollout(policy, twin, first_seed: int, decisions: int) -> dict:
-    """Let the exploring policy make `decisions` decisions in each of the twin's B worlds.
+def rollout(policy, twin, first_seed: int, decisions: int, groups: int = 1) -> dict:
+    """Let the exploring policy make `decisions` decisions in each of the twin's B worlds, which act in `groups`: world
+    i in group i mod groups. Of several processes each has some of the groups.
 
-    -> obs, latent (T*B rows, decision by decision); logprob, value, reward, truncated_value float32 [T,B]; terminated,
-    truncated bool [T,B]; length int [T,B], of the episode so far, in control steps; last_value [B], of what is seen at
-    the end. All on the policy's device.
+    -> logprob, value, reward, truncated_value float32 [T,B]; terminated, truncated bool [T,B]; length int [T,B], of the
+    episode so far, in control steps; last_value [B], of what is seen at the end; all of them of all processes. obs and
+    latent of each of this process's groups (T*b rows, decision by decision). All on the policy's device.
     """
+    own = machines.own(groups)
+    rows = [slice(k, None, len(own)) for k in range(len(own))]  # this process's worlds that are in its k-th group
     steps = []
-    observations = []
-    latents = []
+    observations = [[] for _ in own]
+    latents = [[] for _ in own]
     obs = twin.reset(first_seed)
-    for _ in range(decisions):
-        obs = policy.encode(obs)
-        decision = policy.act(obs, sample=True)
-        next_obs, reward, terminated, truncated, info = twin.step(decision.actions.cpu())
+    for t in range(decisions):
+        decided = []
+        for k, group in enumerate(own):
+            machines.seed(first_seed, t, group)
+            seen = policy.encode(index_obs(obs, rows[k]))
+            decided.append(policy.act(seen, sample=True))
+            observations[k].append(seen)
+            latents[k].append(decided[k].latent)
+        actions, logprob, value = (interleave([getattr(d, key) for d in decided]) for key in ACTED)
+        obs, reward, terminated, truncated, info = twin.step(actions.cpu())
         # A truncated episode would have gone on: what it was still worth is the value of its last observation.
         truncated_value = torch.zeros(len(reward))
-        if truncated.any():
-            truncated_value[truncated] = policy.value(info["final_obs"]).cpu()
-        observations.append(obs)
-        latents.append(decision.latent)
-        step = dict(logprob=decision.logprob, value=decision.value, reward=reward, length=info["length"])
+        ended = truncated.nonzero()[:, 0]
+        for k in range(len(own)):
+            of_group = ended % len(own) == k
+            if of_group.any():
+                final = policy.value(index_obs(info["final_obs"], of_group.nonzero()[:, 0]))
+                truncated_value[ended[of_group]] = final.cpu()
+        step = dict(logprob=logprob, value=value, reward=reward, length=info["length"])
         step |= dict(terminated=terminated, truncated=truncated, truncated_value=truncated_value)
         steps.append(step)
-        obs = next_obs
     columns = {key: torch.stack([step[key] for step in steps]).to(policy.device) for key in steps[0]}
-    return dict(columns, obs=concat_obs(observations), latent=torch.cat(latents), last_value=policy.value(obs))
+    columns["last_value"] = interleave([policy.value(index_obs(obs, group)) for group in rows])
+    columns = {key: machines.gather(column) for key, column in columns.items()}
+    return dict(columns, obs=[concat_obs(seen) for seen in observations], latent=[torch.cat(x) for x in latents])
+
+
+ACTED = ("actions", "logprob", "value")
+
+
+def interleave(groups: list[torch.Tensor]) -> torch.Tensor:
+    """[b,...] of each of G groups -> [b G,...], row j of group k at j G + k."""
+    return torch.stack(groups, 1).flatten(0, 1)
 
 
 def gae(reward, value, last_value, truncated_value, terminated, truncated, gamma, gae_lambda):
@@ -214,42 +237,49 @@ def rlco_loss(policy, minibatch, real_batch, args):
     return ppo + args.beta * anchor, parts
 
 
-def update(policy, optimizer, experience: dict, real_batches, updates: int, warming_up: bool, args) -> dict:
+def update(policy, optimizer, experience: dict, real_batches, updates: int, warming_up: bool, seed: int, args) -> dict:
     """PPO's epochs over a rollout, with the anchor in each gradient step -> what to log of it.
 
     `experience` is what `rollout` returns, with its advantage and returns [T,B]. `updates` gradient steps were made
     before this one: the real batches go on from there. `warming_up` trains the critic alone, without the anchor. The
     update ends before the gradient step whose KL divergence exceeds args.target_kl. UserError if that is the first one,
-    or if a loss or a gradient is not finite.
+    or if a loss or a gradient is not finite. Micro-batch m is of group m of the worlds, and of the process that has it.
     """
     advantage = experience["advantage"]
-    decisions = {key: experience[key].flatten() for key in ("logprob", "value", "returns")}
-    decisions |= dict(obs=experience["obs"], latent=experience["latent"])
-    decisions["advantage"] = ((advantage - advantage.mean()) / (advantage.std() + 1e-8)).flatten()
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    columns = {key: experience[key] for key in ("logprob", "value", "returns")}
+    columns["advantage"] = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    own = machines.own(args.accumulate)
+    groups = []  # the decisions of each of this process's
+    for k, m in enumerate(own):
+        decisions = {key: column[:, m :: args.accumulate].flatten() for key, column in columns.items()}
+        groups.append(dict(decisions, obs=experience["obs"][k], latent=experience["latent"][k]))
     critic = list(policy.value_head.parameters())
     history = []  # the losses of each gradient step that was taken
     log = {}
-    epochs = (torch.randperm(advantage.numel()).split(args.minibatch_size) for _ in range(args.update_epochs))
-    for rows in (rows for epoch in epochs for rows in epoch):
+    machines.seed(seed)
+    each = advantage.numel() // args.accumulate  # decisions of a group; all groups take them in the same order
+    epochs = (torch.randperm(each).split(args.minibatch_size // args.accumulate) for _ in range(args.update_epochs))
+    for rows in [rows for epoch in epochs for rows in epoch]:
         optimizer.zero_grad()
         parts_of = []
-        for m, micro in enumerate(rows.chunk(args.accumulate)):
-            minibatch = {k: index_obs(v, micro) if k == "obs" else v[micro] for k, v in decisions.items()}
+        for m, group in zip(own, groups):
+            machines.seed(seed, len(history), m)
+            minibatch = {k: index_obs(v, rows) if k == "obs" else v[rows] for k, v in group.items()}
             anchored = args.beta and not warming_up
             real_batch = real_batches[(updates + len(history)) * args.accumulate + m] if anchored else None
             loss, parts = rlco_loss(policy, minibatch, real_batch, args)
-            share = len(micro) / len(rows)  # of the gradient step: the last micro-batch may be smaller
             if warming_up:
-                (parts["value"] * share).backward(inputs=critic)
+                (parts["value"] / args.accumulate).backward(inputs=critic)
             else:
-                (loss * share).backward()
-            parts_of.append({k: v.item() for k, v in parts.items()})
-        step = {k: float(np.mean([parts[k] for parts in parts_of])) for k in parts_of[0]}
+                (loss / args.accumulate).backward()
+            parts_of.append(torch.stack([part.detach().double() for part in parts.values()]))
+        # of all processes, before the KL divergence decides: they go on or stop together
+        parts_of = machines.gather(torch.stack(parts_of, -1)).tolist()
+        step = {key: float(np.mean(values)) for key, values in zip(parts, parts_of)}
         if step["approx_kl"] > args.target_kl:
             log["loss/refused_kl"] = step["approx_kl"]
             break
-        step["grad_norm"] = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm).item()
+        step["grad_norm"] = optimizer.clip(args.max_grad_norm)
         if not math.isfinite(step["grad_norm"] + step["ppo"] + step["anchor"]):
             raise UserError(
                 f"the gradient is {step['grad_norm']}, the loss {step['ppo']} + beta * {step['anchor']}. {args.out} "
@@ -304,16 +334,17 @@ def rollout_metrics(experience: dict, seconds: float) -> dict:
 def main(args: Args):
     if args.policy == Args.policy and not Path(args.policy).exists():
         raise UserError(f"{args.policy}: no stage I checkpoint; `python train_sft.py` makes it")
-    counts = "iterations num_envs anchor_batch_size accumulate eval_every eval_episodes eval_envs"
-    too_small = [name for name in counts.split() if getattr(args, name) < 1]
-    if too_small:
-        raise UserError(f"{', '.join(too_small)}: at least 1")
+    counts = "iterations num_envs anchor_batch_size accumulate save_every eval_every eval_episodes eval_envs"
+    checkpoints.require_counts(args, counts)
+    device = machines.start(args.device, args.accumulate)
+    chief = machines.rank() == 0  # it alone evaluates, logs and saves
     torch.manual_seed(args.seed)
-    device = machines.find_device(args.device)
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
     apply_defaults(args, policy, DEFAULTS)
-    if args.minibatch_size % args.accumulate or args.anchor_batch_size % args.accumulate:
-        raise UserError(f"--accumulate {args.accumulate} must divide --minibatch-size and --anchor-batch-size")
+    if any(count % args.accumulate for count in (args.num_envs, args.minibatch_size, args.anchor_batch_size)):
+        raise UserError(
+            f"--accumulate {args.accumulate} must divide --num-envs, --minibatch-size and --anchor-batch-size"
+        )
     real, held_out = data.open_real(args, policy.image_size, train=args.beta > 0)
     policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
@@ -328,14 +359,16 @@ def main(args: Args):
 
     # resume a killed run, leave a finished one alone
     settings = checkpoints.run_settings(args) | {"weights of --policy": policy.sha256()}
-    state = checkpoints.resume_run(
-        args.out, settings, free={"iterations", "eval_envs", "device", "render", "out", "wandb", "debug"}
-    )
+    if chief:
+        checkpoints.claim(args.out)
+    free = {"iterations", "eval_envs", "save_every", "device", "render", "out", "wandb", "debug"}
+    state = checkpoints.resume_run(args.out, settings, free)
     start, updates, metrics, best = 0, 0, [], -1.0
     if state:
         start, updates, metrics, best = (state[k] for k in ("iteration", "updates", "metrics", "best"))
         if len(metrics) > args.iterations:  # with the last validation
-            plot_run(metrics, args.target, args.out / "learning_curve.png")
+            if chief:
+                plot_run(metrics, args.target, args.out / "learning_curve.png")
             print(f"{args.out}: done already, best success in the twin {best:.0%}; next: python eval_real.py")
             return
         del metrics[start:]  # a last validation, if more iterations are asked for now
@@ -343,19 +376,20 @@ def main(args: Args):
         optimizer.load_state_dict(state["optimizer"])
         checkpoints.restore_rng(state)
         print(f"{args.out}: resuming at iteration {start}")
-    checkpoints.write_file(args.out / "args.json", settings)
-    used = [real, held_out] if args.beta else [held_out]
-    checkpoints.note_origin(args, start, device, settings["weights of --policy"], used)
-    if args.wandb:
-        import wandb
-
-        wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
-    writer = SummaryWriter(args.out / "tensorboard", purge_step=start)
-    domains = [envs.random_twin(args.seed + i) if args.randomize else envs.TWIN for i in range(args.num_envs)]
+    processes = machines.size()
     pictures = dict(image_size=policy.image_size, render=args.render)
-    training = envs.VecEnv(args.task, domains, args.num_envs, **pictures)
-    twin = envs.VecEnv(args.task, envs.TWIN, args.eval_envs, **pictures) if args.randomize else training
-    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, **pictures)
+    domains = [envs.random_twin(args.seed + i) if args.randomize else envs.TWIN for i in machines.own(args.num_envs)]
+    share = (machines.rank(), processes)
+    training = envs.VecEnv(args.task, domains, args.num_envs // processes, share=share, **pictures)
+    if chief:
+        used = [real, held_out] if args.beta else [held_out]
+        checkpoints.note_origin(args, start, device, settings["weights of --policy"], used)
+        writer = page.start_log(args, settings, start)
+        # With as many worlds as one process has, whose policy sees the same batches.
+        worlds = args.eval_envs if args.randomize else args.num_envs
+        own = args.randomize or processes > 1
+        twin = envs.VecEnv(args.task, envs.TWIN, worlds, **pictures) if own else training
+        target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, **pictures)
     decisions = math.ceil(training.max_episode_steps / policy.chunk)  # a rollout holds the longest episode
     print(
         f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "
@@ -363,10 +397,10 @@ def main(args: Args):
         f"an iteration; beta {args.beta}"
     )
 
-    bar = tqdm(total=args.iterations, initial=start, desc="stage II", unit="iteration")
+    bar = tqdm(total=args.iterations, initial=start, desc="stage II", unit="iteration", disable=not chief)
     for iteration in range(start, args.iterations + 1):  # the last time it only validates
         log = dict(iteration=iteration)
-        if iteration % args.eval_every == 0 or iteration == args.iterations:
+        if chief and (iteration % args.eval_every == 0 or iteration == args.iterations):
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/iteration_{iteration}.mp4"
             log |= envs.validate(policy, worlds, args.eval_episodes, held_out_batch, video)
@@ -378,14 +412,15 @@ def main(args: Args):
 
         if iteration < args.iterations:
             began = time.time()
-            experience = rollout(policy, training, envs.rl_seed(args.seed, iteration), decisions)
+            seed = envs.rl_seed(args.seed, iteration)
+            experience = rollout(policy, training, seed, decisions, args.accumulate)
             columns = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
             columns = [experience[key] for key in columns]
             experience["advantage"], experience["returns"] = gae(*columns, args.gamma, args.gae_lambda)
             log |= rollout_metrics(experience, seconds=time.time() - began)
             warming_up = iteration < args.critic_warmup
             try:
-                log |= update(policy, optimizer, experience, real_batches, updates, warming_up, args)
+                log |= update(policy, optimizer, experience, real_batches, updates, warming_up, seed, args)
             except UserError as error:
                 raise UserError(f"iteration {iteration}: {error}") from None
             updates += log["time/updates"]
@@ -394,21 +429,28 @@ def main(args: Args):
             shown = dict(success=f"{log['rollout/success']:.0%}", kl=f"{log['loss/approx_kl']:.3f}")
             bar.set_postfix(shown, anchor=f"{log['loss/anchor']:.3f}")
             bar.update()
-            if iteration == start:
+            if chief and iteration == start:
                 left = log["time/iteration_seconds"] * (args.iterations - iteration - 1)
                 machines.say_if_slow(left, "fewer --iterations or --num-envs, smaller pictures, a GPU")
 
         metrics.append(log)
-        for key, value in log.items():
-            writer.add_scalar(key, value, iteration)
-        writer.flush()
         stop_if_diverged(metrics, args)
-        checkpoints.write_file(args.out / "metrics.json", metrics)
-        policy.save(args.out / "last")
-        state = dict(iteration=min(iteration + 1, args.iterations), updates=updates, best=best, metrics=metrics)
-        state["policy"] = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
-        checkpoints.save_run(args.out, settings, **state, optimizer=optimizer.state_dict())
+        if chief:
+            for key, value in log.items():
+                writer.add_scalar(key, value, iteration)
+            writer.flush()
+            checkpoints.write_file(args.out / "metrics.json", metrics)
+        if (iteration + 1) % args.save_every == 0 or iteration >= args.iterations - 1:
+            state = dict(iteration=min(iteration + 1, args.iterations), updates=updates, best=best, metrics=metrics)
+            state["policy"] = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+            state["optimizer"] = optimizer.state_dict()  # of all processes
+            if chief:
+                policy.save(args.out / "last")
+                checkpoints.save_run(args.out, settings, **state)
 
+    machines.wait()  # the last checkpoint is there for all
+    if not chief:
+        return training.close()
     plot_run(metrics, args.target, args.out / "learning_curve.png")
     for opened in (bar, writer, training, twin, target):
         opened.close()

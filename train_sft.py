@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import tyro
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoints
@@ -29,7 +28,8 @@ import envs
 import machines
 import page
 from checkpoints import UserError
-from policy import AdamW, apply_defaults, index_obs, load_policy
+from machines import AdamW
+from policy import apply_defaults, index_obs, load_policy
 
 # Options that nobody gave: from random weights, and for fine-tuning what openpi and OpenVLA's authors (LoRA) published.
 DEFAULTS = {
@@ -70,7 +70,8 @@ class Args:
     batch_size: int = 128
     """Samples in a gradient step."""
     accumulate: int = 1
-    """Backward passes in a gradient step: more of them need less memory and give the same gradient."""
+    """Backward passes in a gradient step, of all processes of torchrun together (a multiple of their number): more of
+    them need less memory and give the same gradient."""
     bf16: bool = False
     """Keep weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and
     action projections. What trains of them is updated in float32 copies."""
@@ -88,6 +89,8 @@ class Args:
     """Episodes of each evaluation, on validation seeds."""
     num_envs: int = 32
     """Worlds that evaluate in parallel, spread over the cores."""
+    save_every: int = 100
+    """Steps between saves, from which a killed run goes on. Fewer saves where one takes long."""
     workers: int | None = None
     """Processes that load batches (default: none while all frames fit in memory, else one a core)."""
     seed: int = 1
@@ -105,15 +108,17 @@ class Args:
 
 
 def main(args: Args):
-    counts = ("steps", "batch_size", "accumulate", "evaluations", "eval_episodes", "num_envs")
-    too_small = [name for name in counts if getattr(args, name) < 1]
-    if too_small:
-        raise UserError(f"{', '.join(too_small)}: at least 1")
+    checkpoints.require_counts(args, "steps batch_size accumulate save_every evaluations eval_episodes num_envs")
+    if args.batch_size % args.accumulate:
+        raise UserError(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
+    device = machines.start(args.device, args.accumulate)
+    chief = machines.rank() == 0  # it alone collects, evaluates, logs and saves
     torch.manual_seed(args.seed)
-    device = machines.find_device(args.device)
     policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device=device)
     apply_defaults(args, policy, DEFAULTS)
-    data.collect_missing(args, policy.image_size)
+    if chief:
+        data.collect_missing(args, policy.image_size)
+    machines.wait()
     real, held_out = data.open_real(args, policy.image_size, train=args.alpha < 1)
     sim = data.open_sim(args, policy.image_size) if args.alpha > 0 else None
     trained_on = [dataset for dataset in (real, sim) if dataset is not None]
@@ -122,7 +127,6 @@ def main(args: Args):
     policy.gradient_checkpointing = args.gradient_checkpointing
     trainable = [p for p in policy.parameters() if p.requires_grad]
     optimizer = AdamW([dict(params=trainable)], lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-    trained = optimizer.param_groups[0]["params"]  # with --bf16 the float32 copies of `trainable`
 
     def schedule(step):
         warmup = min(1, (step + 1) / (0.02 * args.steps))
@@ -140,9 +144,10 @@ def main(args: Args):
     settings = checkpoints.run_settings(args)
     step = 0
     best = -1.0
-    state = checkpoints.resume_run(
-        args.out, settings, free={"workers", "num_envs", "device", "render", "out", "wandb", "debug"}
-    )
+    if chief:
+        checkpoints.claim(args.out)
+    free = {"workers", "num_envs", "device", "render", "out", "wandb", "debug"}
+    state = checkpoints.resume_run(args.out, settings, free)
     if state:
         step = state["step"]
         best = state["best"]
@@ -155,58 +160,55 @@ def main(args: Args):
         checkpoints.restore_rng(state)
         print(f"{args.out}: resuming at step {step}")
 
-    checkpoints.write_file(args.out / "args.json", settings)
-    checkpoints.note_origin(args, step, device, policy.sha256(), [*trained_on, held_out])
-    if args.wandb:
-        import wandb
-
-        wandb.init(project="rlco", name=args.out.name, config=settings, sync_tensorboard=True)
-    # What was logged at `step` stays: the step was finished.
-    writer = SummaryWriter(args.out / "tensorboard", purge_step=step + 1)
-    pictures = dict(image_size=policy.image_size, render=args.render)
-    twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, **pictures)
-    target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs, **pictures)
-    print(f"{args.policy}: {sum(p.numel() for p in trained):,} weights train on {device}; alpha {args.alpha}")
+    if chief:
+        # What was logged at `step` stays: the step was finished.
+        writer = page.start_log(args, settings, step + 1)
+        checkpoints.note_origin(args, step, device, policy.sha256(), [*trained_on, held_out])
+        pictures = dict(image_size=policy.image_size, render=args.render)
+        twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, **pictures)
+        target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs, **pictures)
+    print(f"{args.policy}: {sum(p.numel() for p in trainable):,} weights train on {device}; alpha {args.alpha}")
 
     # A generator of its own: the global one stays where resuming put it.
     todo = range(step, args.steps)
     loader = DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator())
     began = time.time()
-    bar = tqdm(total=args.steps, initial=step, desc="stage I", unit="step")
+    bar = tqdm(total=args.steps, initial=step, desc="stage I", unit="step", disable=not chief)
     for batch in loader:
         optimizer.zero_grad()
         losses = []
-        for rows in torch.arange(args.batch_size).chunk(args.accumulate):
-            loss = policy.sft_loss(index_obs(batch, rows), reduce=False)
+        for m in machines.own(args.accumulate):
+            machines.seed(args.seed, step, m)
+            loss = policy.sft_loss(index_obs(batch, slice(m, None, args.accumulate)), reduce=False)
             # alpha is in the batch: it is the share of simulated samples in it
             (loss.sum() / args.batch_size).backward()
             losses.append(loss.detach())
-        loss = torch.cat(losses)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-        if not torch.isfinite(grad_norm):
+        loss = machines.gather(torch.stack(losses, -1)).flatten()  # of all micro-batches, in the order of the samples
+        grad_norm = optimizer.clip(args.max_grad_norm)
+        if not math.isfinite(grad_norm):
             raise UserError(
-                f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm.item()}. {args.out} keeps the "
-                f"last good checkpoint; begin again with a lower --lr and another --out"
+                f"step {step}: the loss is {loss.mean().item()}, its gradient {grad_norm}. {args.out} keeps the last "
+                f"good checkpoint; begin again with a lower --lr and another --out"
             )
         optimizer.step()
         scheduler.step()
         step += 1
         bar.update()
 
-        if step % 20 == 0:
+        if chief and step % 20 == 0:
             is_sim = batch["is_sim"].to(loss.device)
             for name, rows in (("sim", is_sim), ("real", ~is_sim)):
                 if rows.any():
                     writer.add_scalar(f"loss/{name}", loss[rows].mean().item(), step)
             writer.add_scalar("loss/total", loss.mean().item(), step)
-            writer.add_scalar("charts/grad_norm", grad_norm.item(), step)
+            writer.add_scalar("charts/grad_norm", grad_norm, step)
             writer.add_scalar("charts/learning_rate", scheduler.get_last_lr()[0], step)
             bar.set_postfix(loss=f"{loss.mean().item():.3f}")
-        if step - todo.start == 20:
+        if chief and step - todo.start == 20:
             left = (time.time() - began) / 20 * (args.steps - step)
             machines.say_if_slow(left, "fewer --steps, a smaller --batch-size, smaller pictures in the dataset, a GPU")
 
-        if step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
+        if chief and step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/step_{step}.mp4"
             log = envs.validate(policy, worlds, args.eval_episodes, held_out_batch, video)
@@ -217,12 +219,14 @@ def main(args: Args):
             if log["eval/success_twin"] >= best:
                 best = log["eval/success_twin"]
                 policy.save(args.out / "best")
-        if step % 100 == 0 or step == args.steps:
-            policy.save(args.out / "last")
-            writer.flush()
+        if step % args.save_every == 0 or step == args.steps:
             state = dict(step=step, best=best, policy=policy.state_dict(), optimizer=optimizer.state_dict())
-            checkpoints.save_run(args.out, settings, **state, scheduler=scheduler.state_dict())
-    for opened in (bar, writer, twin, target):
+            if chief:
+                policy.save(args.out / "last")
+                writer.flush()
+                checkpoints.save_run(args.out, settings, **state, scheduler=scheduler.state_dict())
+    machines.wait()  # the last checkpoint is there for all
+    for opened in (bar, writer, twin, target) if chief else ():
         opened.close()
     print(
         f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "

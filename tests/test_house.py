@@ -70,5 +70,4 @@ def test_the_readers_path_is_as_long_as_readme_says():
             lines = node.end_lineno - node.lineno + 1
         assert lines == pytest.approx(int(said), rel=0.1), f"{room}.{name}"
         total += lines
-    # 1,200 for the method on one machine, 60 for its devices and processes
-    assert len(path) == 6 and total <= 1280
+    assert len(path) == 6 and total <= 1340  # 1,200 for the method on one machine, the rest for many

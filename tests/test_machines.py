@@ -14,8 +14,8 @@ import envs
 import train_rlco
 import train_sft
 from checkpoints import UserError
-from machines import find_device
-from policy import AdamW, apply_defaults, load_policy
+from machines import AdamW, find_device
+from policy import apply_defaults, load_policy
 
 
 @pytest.mark.parametrize("mistake", [lambda x: x.numpy(), np.asarray, lambda x: x + torch.ones(3), torch.ones(3).add])
@@ -70,7 +70,7 @@ def test_pictures_of_a_gpu_come_to_the_physics_on_the_cpu(domain, monkeypatch):
 @pytest.mark.parametrize("name, part", [("tiny-pi05", "expert"), ("tiny-openvla", "llm")])
 def test_an_iteration_of_stage_2_on_a_gpu(name, part):
     """Observations, actions and rewards cross from the simulator's CPU to the policy's GPU and back."""
-    world = Noise("push_cube", envs.TWIN, num_envs=3)
+    world = Noise("push_cube", envs.TWIN, num_envs=4)
     more = dict(
         max_grad_norm=1.0,
         target_kl=9.0,
@@ -90,7 +90,7 @@ def test_an_iteration_of_stage_2_on_a_gpu(name, part):
             policy.set_trainable(train)
             trained = [p for p in policy.parameters() if p.requires_grad]
             optimizer = AdamW([dict(params=trained, lr=1e-5)])
-            experience = train_rlco.rollout(policy, world, first_seed=0, decisions=3)
+            experience = train_rlco.rollout(policy, world, 0, decisions=3, groups=2)
             columns = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
             assert all(isinstance(experience[key], OnCuda) for key in columns)
             columns = [experience[key] for key in columns]
@@ -98,7 +98,7 @@ def test_an_iteration_of_stage_2_on_a_gpu(name, part):
             assert np.isfinite(list(train_rlco.rollout_metrics(experience, 1.0).values())).all()
             real = make_rollout(load_policy(name, stats=STATS), n=4)[1]
             before = trained[-1].detach().cpu().clone()
-            log = train_rlco.update(policy, optimizer, experience, [real] * 9, 0, False, args)
+            log = train_rlco.update(policy, optimizer, experience, [real] * 9, 0, False, 0, args)
             assert log["time/updates"] == 2 and not torch.equal(trained[-1].detach().cpu(), before)
 
 

@@ -9,6 +9,7 @@ import torch
 
 import policy as P
 from checkpoints import HEADS, UserError, restate
+from machines import AdamW
 
 DATA = Path(__file__).parent / "data"
 PROMPT = "push the cube to the target"
@@ -495,7 +496,7 @@ def test_small_steps_on_bfloat16_add_up():
     weights = [torch.nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
 
     def start(w):
-        return P.AdamW([dict(params=[w], lr=1e-4)], weight_decay=0)
+        return AdamW([dict(params=[w], lr=1e-4)], weight_decay=0)
 
     optimizers = [start(w) for w in weights]
     for k in range(60):
@@ -510,7 +511,7 @@ def test_small_steps_on_bfloat16_add_up():
             optimizers[0].load_state_dict(state)
     assert weights[1][1] < 0.995 and weights[0].dtype == torch.bfloat16
     assert torch.equal(weights[0], weights[1].bfloat16())
-    assert optimizers[1].copies == [] and optimizers[1].param_groups[0]["params"][0] is weights[1]
+    assert optimizers[1].copies == {} and optimizers[1].param_groups[0]["params"][0] is weights[1]
 
 
 def test_a_policy_trains_only_parts_that_it_has():

@@ -253,14 +253,12 @@ def test_advantages_are_normalised_and_bootstrap_from_what_was_truncated(stage_2
     assert len(advantage) == 9 and abs(advantage.mean()) < 1e-6 and advantage.std() == pytest.approx(1, abs=1e-4)
 
 
-def test_more_backward_passes_give_the_same_gradient(stage_2, folder, monkeypatch):
-    """In stage II of six and of three decisions, which is 3 + 3 and 2 + 1; in stage I of three samples."""
-    once, twice = (stage_2("tiny-openvla", f"rl{n}", beta=0, update_epochs=1, accumulate=n)[2][0] for n in (1, 2))
-    assert twice["loss/grad_norm"] == pytest.approx(once["loss/grad_norm"], rel=1e-3) and once["time/updates"] == 2
+def test_more_backward_passes_give_the_same_gradient(stage_2, monkeypatch):
+    """In stage I; of stage II see test_processes.py."""
     monkeypatch.setattr(train_sft.envs, "validate", lambda *_: {"eval/success_twin": 0.5})
     norms = []
     for n in (1, 2):
-        train_sft.main(train_sft.Args(policy="tiny-openvla", steps=20, batch_size=3, accumulate=n, out=Path(f"sft{n}")))
+        train_sft.main(train_sft.Args(policy="tiny-openvla", steps=20, batch_size=4, accumulate=n, out=Path(f"sft{n}")))
         norms.append(EventAccumulator(f"sft{n}/tensorboard").Reload().Scalars("charts/grad_norm")[0].value)
     assert norms[1] == pytest.approx(norms[0], rel=1e-2)
 
