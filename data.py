@@ -1197,7 +1197,7 @@ def _end_with_parent():
 def _demonstrate_block(task, domain, seeds, settings):
     import envs
 
-    return [envs.demonstrate(task, domain, seed, **settings) for seed in seeds]
+    return envs.demonstrations(task, domain, seeds, **settings)
 
 
 def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict]:
@@ -1265,9 +1265,8 @@ def _demonstrate_everything(first_seed, settings, number):
 
     domain = envs.random_domain(first_seed + number)
     seeds = range(first_seed + EPISODES_PER_DOMAIN * number, first_seed + EPISODES_PER_DOMAIN * (number + 1))
-    starts = [(task, seed) for task in envs.TASKS for seed in seeds]
-    episodes = [envs.demonstrate(task, domain, seed, **settings) for task, seed in starts]
-    return [episode for episode in episodes if episode["success"]]
+    played = [envs.demonstrations(task, domain, seeds, **settings) for task in envs.TASKS]
+    return [episode for episodes in played for episode in episodes if episode["success"]]
 
 
 def collect_domains(num: int, out: Path, first_seed: int, pool, video: bool = False, **settings) -> int:

@@ -12,6 +12,7 @@ import os
 if __name__ != "__main__":  # a worker renders on its own core: two software rasterisers on all cores fight
     os.environ.setdefault("LP_NUM_THREADS", "1")
 import colorsys
+import copy
 import gc
 import hashlib
 import multiprocessing as mp
@@ -40,7 +41,7 @@ from mani_skill.render import PREBUILT_SHADER_CONFIGS, ShaderConfig
 from mani_skill.sensors.camera import CameraConfig
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.geometry.rotation_conversions import euler_angles_to_matrix, matrix_to_euler_angles
-from mani_skill.utils.structs import Pose
+from mani_skill.utils.structs import Actor, Articulation, Link, Pose
 from mani_skill.utils.structs.types import SceneConfig, SimConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -425,6 +426,8 @@ class DeltaPoseController(BaseController):
         self.q_target = torch.zeros(b, 7, device=self.device)  # rad
         self.position = torch.zeros(b, 3, device=self.device)  # m, of the TCP
         self.rotation = torch.zeros(b, 3, 3, device=self.device)
+        self.targets = torch.zeros(b, 9, device=self.device)  # what the drives were last sent to
+        self.beginning = torch.arange(b, device=self.device)  # rows that `reset` is for
 
     def _initialize_action_space(self):
         high = np.float32([0.1] * 3 + [0.5] * 3 + [1.0])  # m, rad: beyond it nobody commands on purpose in 0.1 s
@@ -437,19 +440,19 @@ class DeltaPoseController(BaseController):
             joint.set_drive_properties(k, d, force_limit=100.0, mode="force")
 
     def reset(self):
-        # ManiSkill calls this for all scenes, when some or all of them begin anew: the mask says which.
-        mask = self.scene._reset_mask
-        q = self.qpos[:, :7]
-        tcp, _ = panda_kinematics(q)
-        self.q_target[mask] = q[mask]
-        self.position[mask] = tcp[mask, :3, 3]
-        self.rotation[mask] = tcp[mask, :3, :3]
+        # ManiSkill calls this for all scenes when some of them begin anew: the others keep what they were commanded.
+        rows = self.beginning
+        self.q_target[rows] = self.qpos[rows, :7]
+        tcp, _ = panda_kinematics(self.q_target[rows])
+        self.position[rows] = tcp[:, :3, 3]
+        self.rotation[rows] = tcp[:, :3, :3]
 
     def set_action(self, action):
         self.set_targets(joint_targets([self], action[:, None])[:, 0])
 
     def set_targets(self, targets: Tensor) -> None:
         """Send the drives to `targets` [B,9]: seven joints (rad), two fingers (m)."""
+        self.targets = targets
         if self.scene.gpu_sim_enabled:
             self.articulation.set_joint_drive_targets(targets, self.joints, self.active_joint_indices)
             self.scene.px.gpu_apply_articulation_target_position()
@@ -564,6 +567,7 @@ class TabletopEnv(BaseEnv):
         self.image_size = image_size  # pixels, of what policies see
         self.film = film
         self.video_size = video_size  # pixels, of what people see
+        self._common = None  # names of what every task has; all others are a task's own
         defaults = dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None)
         defaults["render_backend"] = find_renderer(render)
         super().__init__(**(defaults | kwargs))
@@ -609,12 +613,19 @@ class TabletopEnv(BaseEnv):
             self.make_box(f"plank{i}", (0.6, 0.7 / planks, 0.0005), colors[i % len(colors)], center, collide=False)
         self.make_box("wall", (0.01, 4, 2), background, (-0.8, 0, 1), collide=False)
         self.make_box("floor", (4, 4, 0.01), background, (0, 0, -0.8), collide=False)
-        self._load_objects()
         self._pending = torch.zeros(self.num_envs, self.domain.action_delay, 7, device=self.device)  # delayed actions
         self._potential = torch.zeros(self.num_envs, device=self.device)  # at the last control step
-        self._noise = torch.Generator(self.device)  # of the camera; seeded with each episode
+        # Chance, an episode's own: of its layout, on the CPU, so that a seed is the same scene everywhere, and of its
+        # camera. The rows that begin draw from the first.
+        self._layout = [torch.Generator() for _ in range(self.num_envs)]
+        self._noise = [torch.Generator(self.device) for _ in range(self.num_envs)]
+        self._beginning = []
         home = torch.tensor([HOME], device=self.device)
         self.home = inverse_kinematics(home, *self._down(torch.tensor([[0.4, 0, 0.2]])), iterations=50)
+        self._built = 0
+        if self._common is None:
+            self._common = set(vars(self))
+        self._load_objects()
 
     def _down(self, position):
         """Position [B,3] and rotation [B,3,3] of a TCP that points down."""
@@ -645,10 +656,21 @@ class TabletopEnv(BaseEnv):
             body.put_to_sleep()
             body.wake_up()
 
+    def _set_main_rng(self, seed):
+        """Nothing: all chance comes from the episodes' seeds, and numpy's generators cost 2 ms a reset."""
+
+    def _set_episode_rng(self, seed, env_idx):
+        if self._episode_seed is None:
+            self._episode_seed = np.zeros(self.num_envs, np.int64)
+        self._episode_seed[env_idx.cpu().numpy()] = seed
+
     def _initialize_episode(self, env_idx, options):
-        # ManiSkill has seeded torch with the episode's seed. The draws below decide what a seed looks like: their order
-        # is part of every dataset and result.
+        # The draws below decide what a seed looks like: their order is part of every dataset and result.
         b = len(env_idx)
+        self._beginning = env_idx.tolist()
+        for row in self._beginning:
+            self._layout[row].manual_seed(int(self._episode_seed[row]))
+            self._noise[row].manual_seed(int(self._episode_seed[row]))
         low, high = torch.tensor(self.start_tcp, device=self.device)
         start = low + (high - low) * self.sample_uniform(3, b, self.variation == "robot", (1.0, 1.5)).T
         q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), iterations=6)
@@ -657,11 +679,16 @@ class TabletopEnv(BaseEnv):
         self._place_objects(env_idx)
         # Until the first command arrives, a delayed robot holds still with its gripper as it is.
         self._pending[env_idx] = torch.tensor([0.0] * 6 + [self.start_gripper], device=self.device)
-        self._noise.manual_seed(int(self._episode_seed[0]))
+        self.agent.controller.beginning = env_idx
 
     def reset(self, seed=None, options=None):
-        result = super().reset(seed, options)
-        rows = (options or {}).get("env_idx", slice(None))
+        """ManiSkill's: `seed` is that of each row that begins, options["env_idx"] or all; any, if it is None."""
+        rows = (options or {}).get("env_idx", torch.arange(self.num_envs, device=self.device))
+        if seed is None:
+            seed = np.random.default_rng().integers(2**31, size=len(rows))
+        if len(np.atleast_1d(seed)) != len(rows):
+            raise UserError(f"reset got {np.size(seed)} seeds for {len(rows)} environments: each takes its own")
+        result = super().reset(np.atleast_1d(seed), options)
         self._potential[rows] = self.potential()[rows]  # not in _initialize_episode: on a GPU poses are known only now
         return result
 
@@ -678,10 +705,7 @@ class TabletopEnv(BaseEnv):
     def _get_obs_sensor_data(self, apply_texture_transforms=True):
         data = super()._get_obs_sensor_data(apply_texture_transforms)
         # A GPU's pictures come as they lie there. Physics on a CPU goes on with them on the CPU.
-        rgb = data["base_0_rgb"]["rgb"] = data["base_0_rgb"]["rgb"].to(self.device)
-        if self.domain.image_noise:
-            noise = torch.randn(rgb.shape, generator=self._noise, device=self.device) * self.domain.image_noise
-            data["base_0_rgb"]["rgb"] = (rgb + noise).round().clip(0, 255).to(torch.uint8)
+        data["base_0_rgb"]["rgb"] = data["base_0_rgb"]["rgb"].to(self.device)
         return data
 
     def _get_obs_extra(self, info):
@@ -704,6 +728,12 @@ class TabletopEnv(BaseEnv):
             builder.add_box_collision(pose, half_size, self._surface(), density)
         builder.add_box_visual(pose, half_size, self._paint(color))
 
+    def aside(self) -> sapien.Pose:
+        """Where the next object waits for its first episode. Each has its own place: on a GPU, physics pushes apart
+        what was built in one, drawers with it, before an episode has placed it."""
+        self._built += 1
+        return sapien.Pose((0, 2.0 * self._built, 1))
+
     def make_box(self, name: str, half_size, color: Vector, position=(0, 0, 0), collide=True):
         """A box that nothing moves but `set_pose`."""
         builder = self.scene.create_actor_builder()
@@ -723,7 +753,7 @@ class TabletopEnv(BaseEnv):
             builder.add_cylinder_visual(upright, radius, half_size, self._paint(UNSEEN_COLOR))
         else:
             self.add_box(builder, [half_size] * 3, self.domain.object_color, density=mass / (2 * half_size) ** 3)
-        builder.initial_pose = sapien.Pose()
+        builder.initial_pose = self.aside()
         return builder.build(name)
 
     def _surface(self):
@@ -733,9 +763,15 @@ class TabletopEnv(BaseEnv):
         return sapien.render.RenderMaterial(base_color=[*color, 1], roughness=0.8, specular=0.2)
 
     def sample_uniform(self, n: int, b: int, unseen: bool, ring: tuple[float, float]) -> Tensor:
-        """Numbers [n,b], uniform in 0..1, for an initial state. `unseen`: the first two lie in a square ring outside of
-        that, from ring[0] to ring[1] away from its centre (0.5 is its edge)."""
-        u = torch.rand(n, b, device=self.device)
+        """Numbers [n,b], uniform in 0..1, for the initial states of the b environments that begin, each from its own
+        seed. `unseen`: the first two lie in a square ring outside of that, from ring[0] to ring[1] away from its centre
+        (0.5 is its edge)."""
+        if b != len(self._beginning):
+            raise UserError(
+                f"{type(self).__name__}._place_objects asks for {b} positions: it must place the len(env_idx) = "
+                f"{len(self._beginning)} environments that begin"
+            )
+        u = torch.stack([torch.rand(n, generator=self._layout[row]) for row in self._beginning], 1).to(self.device)
         if unseen:
             from_center = u[:2] - 0.5
             norm = from_center.abs().amax(0)  # a square's "radius", 0 .. 0.5
@@ -762,11 +798,20 @@ class TabletopEnv(BaseEnv):
         """`proprioceptive_state` [B,7] of the simulated arm."""
         return proprioceptive_state(self.tcp.to_transformation_matrix(), self.agent.robot.get_qpos()[:, 7:8])
 
-    def observe(self, obs: dict | None = None) -> dict:
-        """Observation of the policy contract: image uint8 [B,H,W,3], state float32 [B,7], prompt B strings; from
-        ManiSkill's own `obs` of a reset, which has its picture already, or anew."""
+    def picture(self, rows: Sequence[int], obs: dict | None = None) -> Tensor:
+        """What the camera of the environments `rows` sees, uint8 [n,H,W,3]; from ManiSkill's own `obs` of a reset,
+        which has its picture already, or anew."""
         sensors = obs["sensor_data"] if obs else self._get_obs_sensor_data()
-        image = sensors["base_0_rgb"]["rgb"]
+        image = sensors["base_0_rgb"]["rgb"][rows]  # a copy: what is rendered next goes to the same place
+        if self.domain.image_noise:
+            noise = [torch.randn(image.shape[1:], generator=self._noise[row], device=self.device) for row in rows]
+            image = (image + torch.stack(noise) * self.domain.image_noise).round().clip(0, 255).to(torch.uint8)
+        return image
+
+    def observe(self, obs: dict | None = None) -> dict:
+        """Observation of the policy contract: image uint8 [B,H,W,3] (as `picture`), state float32 [B,7], prompt B
+        strings."""
+        image = self.picture(range(self.num_envs), obs)
         return dict(image=image, state=self.proprioception(), prompt=[self.instruction] * self.num_envs)
 
     def snapshot(self) -> Tensor:
@@ -788,43 +833,21 @@ class TabletopEnv(BaseEnv):
     def _free_objects(self):
         return [actor for actor in self.scene.actors.values() if actor.px_body_type == "dynamic"]
 
-    def step_chunk(
-        self, actions: Tensor, frames: list | None = None, snapshots: list | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, dict]:
-        """Execute a chunk open loop and render once, at its end, when the caller asks with `observe()`.
-
-        actions: float32 [B,C,7] -> reward [B] (sum over the chunk), terminated [B], truncated [B], info. An episode
-        that ends inside the chunk collects nothing more. `frames` is given a video frame [H,W,3] of each control step,
-        `snapshots` a `snapshot` [D], both of the first environment.
-        """
+    def step_chunk(self, actions: Tensor) -> tuple[Tensor, Tensor, Tensor, dict]:
+        """Execute a chunk [B,C,7] open loop, as `Batch.step` does; render at its end, when the caller asks with
+        `observe()` -> reward [B] (sum over the chunk), terminated [B], truncated [B], info."""
         actions = torch.as_tensor(actions, device=self.device, dtype=torch.float32)
-        return self.follow(joint_targets([self.agent.controller], self.delayed(actions)), frames, snapshots)
-
-    def follow(self, targets: Tensor, frames=None, snapshots=None) -> tuple[Tensor, Tensor, Tensor, dict]:
-        """`step_chunk` with the joint targets [B,C,9] that its actions command, if they are known already."""
-        terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        held = targets[:, 0]
-        for target in targets.unbind(1):
-            running = ~(terminated | truncated)
-            held = torch.where(running[:, None], target, held)  # what has ended stands still while others go on
-            self.agent.controller.set_targets(held)
-            super()._step_action(None)
-            self._elapsed_steps += running
-            success = self._of_each("evaluate()['success']", self.evaluate()["success"])
-            terminated |= running & success
-            truncated |= running & ~success & (self._elapsed_steps >= self.max_episode_steps)
-            if frames is not None:
-                frames.append(self.render_rgb_array()[0].cpu().numpy())
-            if snapshots is not None:
-                snapshots.append(self.snapshot()[0].cpu().numpy())
-            if (terminated | truncated).all():
-                break
-        # The rewards' sum: of the potential's changes only the ends remain.
-        potential = self._of_each("potential()", self.potential())
-        reward = terminated + potential - self._potential
-        self._potential = potential
+        reward, terminated, truncated = Batch([self]).step(actions, range(self.num_envs))
         return reward, terminated, truncated, dict(success=terminated, elapsed_steps=self.elapsed_steps)
+
+    def advance(self, targets: Tensor) -> None:
+        """One control step of physics, on the way to joint targets [B,9]."""
+        self.agent.controller.set_targets(targets)
+        super()._step_action(None)
+
+    def success(self) -> Tensor:
+        """Is the task done, bool [B]? UserError if the task does not say that of each environment."""
+        return self._of_each("evaluate()['success']", self.evaluate()["success"])
 
     def _of_each(self, name, values):
         """`values`, or UserError if a task did not return one for each environment."""
@@ -835,6 +858,148 @@ class TabletopEnv(BaseEnv):
                 f"each environment"
             )
         return values
+
+
+class Articulations(Articulation):
+    """The same articulation in several scenes on a CPU. ManiSkill's own has the joints of the first one alone."""
+
+    @property
+    def qpos(self):
+        return torch.from_numpy(np.stack([one.qpos for one in self._objs]))
+
+    @property
+    def qvel(self):
+        return torch.from_numpy(np.stack([one.qvel for one in self._objs]))
+
+
+def _merge(name: str, values: list):
+    """What scenes on a CPU have each, as one of B rows, like a GPU's. UserError if that cannot be."""
+    first = values[0]
+    if isinstance(first, Actor | Link):
+        objects = [one for value in values for one in value._objs]
+        bodies = [one for value in values for one in value._bodies]
+        return replace(first, _objs=objects, _bodies=bodies, _scene_idxs=torch.zeros(len(objects)))
+    if isinstance(first, Articulation):
+        objects = [one for value in values for one in value._objs]
+        return Articulations.create_from_physx_articulations(objects, first.scene, torch.zeros(len(objects)))
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, list | tuple):
+        return [_merge(name, list(each)) for each in zip(*values)]
+    if isinstance(first, bool | int | float | str) and len(set(values)) > 1:
+        raise UserError(f"{name} is {first} in one environment and not in another: make it a tensor [num_envs]")
+    return first
+
+
+def as_one(worlds: Sequence[TabletopEnv]) -> TabletopEnv:
+    """Worlds with a scene each as one environment of B rows, to compute with: success, potential, states.
+
+    A copy of the first whose objects are those of all; what a task has written for [B] environments runs on it.
+    """
+    view = copy.copy(worlds[0])
+    view.num_envs = len(worlds)
+    view.domain = None  # each has its own, and so many actions pending
+    view._pending = None
+    for name in vars(view).keys() - view._common:
+        setattr(view, name, _merge(f"{type(view).__name__}.{name}", [getattr(world, name) for world in worlds]))
+    view.agent = copy.copy(view.agent)
+    view.agent.robot = _merge("", [world.agent.robot for world in worlds])
+    view.agent.tcp = _merge("", [world.agent.tcp for world in worlds])
+    return view
+
+
+class Batch:
+    """The worlds of a process, computed at once but for what goes one by one: PhysX and the camera of each on a CPU.
+
+    B rows: on a CPU of B worlds, each with a scene and a domain of its own; on a GPU of one world with B scenes.
+    """
+
+    def __init__(self, worlds: Sequence[TabletopEnv]):
+        self.worlds = worlds
+        self.sizes = [world.num_envs for world in worlds]
+        self.view = worlds[0] if len(worlds) == 1 else as_one(worlds)
+        self.tensors = []  # of the task's own, which its reset may write
+        if len(worlds) > 1:
+            new = vars(self.view).keys() - self.view._common
+            self.tensors = [name for name in new if isinstance(getattr(self.view, name), Tensor)]
+
+    def _by_world(self, rows):
+        """Each world that has some of `rows`, with these and with their places in it."""
+        first = 0
+        for world, size in zip(self.worlds, self.sizes):
+            mine = [row for row in rows if first <= row < first + size]
+            if mine:
+                yield world, mine, [row - first for row in mine]
+            first += size
+
+    def reset(self, seeds: dict[int, int]) -> dict:
+        """Start anew the rows that have a seed, and no others -> `observe` of them."""
+        if not seeds:
+            return {}
+        obs = {}
+        for world, rows, places in self._by_world(seeds):
+            options = dict(env_idx=torch.tensor(places, device=world.device))
+            obs[world], _ = world.reset([seeds[row] for row in rows], options)
+            for name in self.tensors:
+                getattr(self.view, name)[rows] = getattr(world, name)[places]
+        return self.observe(seeds, obs)
+
+    def observe(self, rows: Sequence[int] | dict, obs: dict | None = None) -> dict:
+        """What policies see of `rows`: {row: (image uint8 [H,W,3], state float32 [7])}, with `TabletopEnv.picture`'s
+        `obs` of worlds that were reset just now."""
+        seen = {}
+        if not rows:
+            return seen
+        state = self.view.proprioception().cpu().numpy()
+        for world, mine, places in self._by_world(rows):
+            image = world.picture(places, (obs or {}).get(world)).cpu().numpy()
+            seen.update((row, (image[i], state[row])) for i, row in enumerate(mine))
+        return seen
+
+    def step(
+        self, actions: Tensor, rows: Sequence[int], frames: list | None = None, snapshots: list | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Execute a chunk [B,C,7] open loop in `rows`; the others stand still -> reward [B] (sum over the chunk),
+        terminated [B] (success), truncated [B] (out of time).
+
+        An episode that ends inside the chunk collects nothing more, and stands still while others go on. `frames` has a
+        list for each row, which is given a video frame [H,W,3] of each control step; `snapshots` the same with a
+        `snapshot` [D].
+        """
+        view = self.view
+        controllers = [world.agent.controller for world in self.worlds]
+        executed = [world.delayed(chunk) for world, chunk in zip(self.worlds, actions.split(self.sizes))]
+        held = torch.cat([controller.targets for controller in controllers])
+        elapsed = torch.cat([world._elapsed_steps for world in self.worlds])
+        before = torch.cat([world._potential for world in self.worlds])
+        running = torch.zeros(len(actions), dtype=torch.bool, device=view.device)
+        running[list(rows)] = True
+        terminated = torch.zeros_like(running)
+        truncated = torch.zeros_like(running)
+        for target in joint_targets(controllers, torch.cat(executed)).unbind(1):
+            held = torch.where(running[:, None], target, held)
+            for world, goes, targets in zip(self.worlds, running.split(self.sizes), held.split(self.sizes)):
+                if goes.any():
+                    world.advance(targets)
+            elapsed = elapsed + running
+            success = view.success()
+            terminated = terminated | running & success
+            truncated = truncated | running & ~success & (elapsed >= view.max_episode_steps)
+            for world, mine, places in self._by_world(running.nonzero()[:, 0].tolist() if frames or snapshots else []):
+                for row, place in zip(mine, places):
+                    if frames:
+                        frames[row].append(world.render_rgb_array()[place].cpu().numpy())
+                    if snapshots:
+                        snapshots[row].append(world.snapshot()[place].cpu().numpy())
+            running = running & ~(terminated | truncated)
+            if not running.any():
+                break
+        # The rewards' sum: of the potential's changes only the ends remain.
+        potential = view._of_each("potential()", view.potential())
+        for world, steps, height in zip(self.worlds, elapsed.split(self.sizes), potential.split(self.sizes)):
+            world._elapsed_steps = steps
+            world._potential = height
+        return terminated + potential - before, terminated, truncated
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------
@@ -993,7 +1158,7 @@ class PickPlace(TabletopEnv):
         for angle in 2 * np.pi * np.arange(sides) / sides:
             center = (self.radius * np.cos(angle), self.radius * np.sin(angle), self.rim / 2)
             self.add_box(bowl, wall, color, center, yaw=angle)
-        bowl.initial_pose = sapien.Pose()
+        bowl.initial_pose = self.aside()
         self.bowl = bowl.build_kinematic("bowl")
 
     def _place_objects(self, env_idx):
@@ -1097,7 +1262,7 @@ class Drawer(TabletopEnv):
             position = (side * (half_length - 0.005), self.handle_gap / 2, self.handle_height)
             self.add_box(drawer, (0.005, self.handle_gap / 2, 0.005), goal_color, position)
         self.add_box(drawer, (half_length, 0.005, 0.007), goal_color, (0, self.handle_gap, self.handle_height))
-        builder.initial_pose = sapien.Pose()
+        builder.initial_pose = self.aside()
         self.cabinet = builder.build("cabinet", fix_root_link=True)
         self.drawer = self.cabinet.links_map["drawer"]
 
@@ -1226,31 +1391,43 @@ def make(task: str, domain: Domain, **kwargs) -> TabletopEnv:
 
 # ---- demonstrations ---------------------------------------------------------------------------------------------
 
-_cached: dict = {}  # a process that demonstrates keeps an environment a task: making one takes seconds
+_cached: dict = {}  # a process that demonstrates keeps its worlds of a task: making one takes a moment
 
 
-def demonstrate(task: str, domain: Domain, seed: int, **kwargs) -> dict:
-    """One episode of the scripted demonstrator, rendered at every control step. `kwargs` are those of `make`.
+def demonstrations(task: str, domain: Domain, seeds: Sequence[int], **kwargs) -> list[dict]:
+    """An episode of the scripted demonstrator for each seed, rendered at every control step; they are played at once.
+    `kwargs` are those of `make`.
 
-    -> image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what was seen
-    and then done at control step t.
+    -> for each, image uint8 [T,H,W,3], state float32 [T,7], action float32 [T,7], prompt, success, seed; row t is what
+    was seen and then done at control step t.
     """
-    key = (task, *kwargs.items())
-    if key not in _cached:
-        _cached[key] = make(task, domain, **kwargs)
-    env = _cached[key]
-    another = env.domain != domain
-    env.domain = domain
-    env.reset(seed=[seed], options=dict(reconfigure=another))
-    steps = []
-    for action in env.demonstrator(np.random.default_rng(seed)):
-        obs = env.observe()
-        steps.append((obs["image"][0].numpy(), obs["state"][0].numpy(), action))
-        _, terminated, truncated, _ = env.step_chunk(torch.from_numpy(action)[None, None])
-        if terminated or truncated:
-            break
-    image, state, action = (np.stack(column) for column in zip(*steps))
-    return dict(image=image, state=state, action=action, prompt=env.instruction, success=bool(terminated), seed=seed)
+    worlds = _cached.setdefault((task, *kwargs.items()), [])
+    for world in worlds[: len(seeds)]:
+        if world.domain != domain:
+            world.domain = domain
+            world.reset(seed=[0], options=dict(reconfigure=True))
+    while len(worlds) < len(seeds):
+        worlds.append(make(task, domain, **kwargs))
+    batch = Batch(worlds[: len(seeds)])
+    seen = batch.reset(dict(enumerate(seeds)))
+    plans = [world.demonstrator(np.random.default_rng(seed)) for world, seed in zip(worlds, seeds)]
+    steps = [[] for _ in seeds]
+    success = torch.zeros(len(seeds), dtype=torch.bool)
+    while seen:
+        actions = torch.zeros(len(seeds), 1, 7)
+        for row, (image, state) in seen.items():
+            action = next(plans[row])
+            steps[row].append((image, state, action))
+            actions[row, 0] = torch.from_numpy(action)
+        _, terminated, truncated = batch.step(actions, list(seen))
+        success |= terminated
+        seen = batch.observe([row for row in seen if not terminated[row] and not truncated[row]])
+    episodes = []
+    for seed, done, columns in zip(seeds, success.tolist(), steps):
+        image, state, action = (np.stack(column) for column in zip(*columns))
+        prompt = TASKS[task].instruction
+        episodes.append(dict(image=image, state=state, action=action, prompt=prompt, success=done, seed=seed))
+    return episodes
 
 
 # ---- vectorised environment -------------------------------------------------------------------------------------
@@ -1274,51 +1451,39 @@ envs._worker({pipe})
 """
 
 
+def _make_worlds(task, domains, kwargs):
+    """A world for each domain; with sim_backend="physx_cuda" one of so many scenes, which then have one domain."""
+    if kwargs.get("sim_backend") == "physx_cuda":
+        if len(set(domains)) > 1:
+            raise UserError("worlds with domains of their own are simulated on a CPU: leave out sim_backend=physx_cuda")
+        return [make(task, domains[0], num_envs=len(domains), **kwargs)]
+    worlds = []
+    for domain in domains:
+        gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
+        worlds.append(make(task, domain, **kwargs))
+    return worlds
+
+
 def _worker(pipe: int):
     """Steps several environments in one process: a ManiSkill process takes half a GB, one more scene almost nothing."""
     torch.set_num_threads(1)
     pipe = Connection(pipe)
     task, domains, stride, kwargs = pipe.recv()
-
-    def see(env, obs=None):
-        obs = env.observe(obs)
-        return obs["image"][0].numpy(), obs["state"][0].numpy()
-
     try:
-        worlds = []
-        for domain in domains:
-            gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
-            worlds.append(make(task, domain, **kwargs))
-        seeds = [0] * len(worlds)
+        batch = Batch(_make_worlds(task, domains, kwargs))
+        seeds = [0] * len(domains)
         while True:
             command, rows, auto_reset, video = pipe.recv()
-            replies = []
-            if command == "step":
-                chunks = {i: torch.from_numpy(row)[None] for i, row in enumerate(rows) if row is not None}
-                executed = [worlds[i].delayed(chunk) for i, chunk in chunks.items()]
-                if chunks:
-                    controllers = [worlds[i].agent.controller for i in chunks]
-                    targets = dict(zip(chunks, joint_targets(controllers, torch.cat(executed))))
-            for i, (env, row) in enumerate(zip(worlds, rows)):
-                if row is None:
-                    replies.append(None)
-                elif command == "reset":
-                    seeds[i] = row
-                    replies.append(see(env, env.reset(seed=[row])[0]))
-                else:
-                    frames = [] if video else None
-                    snapshots = []
-                    reward, terminated, truncated, _ = env.follow(targets[i][None], frames, snapshots)
-                    length = int(env.elapsed_steps[0])  # before a reset
-                    ended = terminated or truncated
-                    final = see(env) if truncated and auto_reset else None  # success is not bootstrapped from
-                    seen = None if ended else see(env)
-                    if ended and auto_reset:
-                        seeds[i] += stride
-                        seen = see(env, env.reset(seed=[seeds[i]])[0])
-                    replies.append(
-                        (seen, float(reward), bool(terminated), bool(truncated), length, final, frames, snapshots)
-                    )
+            asked = {i: row for i, row in enumerate(rows) if row is not None}
+            if command == "reset":
+                seen = batch.reset(asked)
+                replies = [seen.get(i) for i in range(len(rows))]
+                for i in asked:
+                    seeds[i] = asked[i]
+            elif asked:
+                replies = _step(batch, asked, auto_reset, video, seeds, stride)
+            else:
+                replies = [None] * len(rows)
             pipe.send(replies)
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):  # the parent is gone
         pass
@@ -1326,6 +1491,32 @@ def _worker(pipe: int):
         pipe.send(error)
     except Exception as error:  # raised in the parent, with the place where it happened
         pipe.send(RuntimeError(f"an environment worker failed: {error}\n{traceback.format_exc()}"))
+
+
+def _step(batch, chunks, auto_reset, video, seeds, stride):
+    """A worker's replies to chunks [C,7] by row: what is seen, reward, terminated, truncated, the length so far, the
+    last observation of what was truncated, frames, snapshots; None in rows that have no chunk."""
+    actions = torch.zeros(len(seeds), *next(iter(chunks.values())).shape, device=batch.view.device)
+    for i, chunk in chunks.items():
+        actions[i] = torch.from_numpy(chunk)
+    frames = [[] for _ in seeds] if video else None
+    snapshots = None if auto_reset else [[] for _ in seeds]
+    reward, terminated, truncated = (values.tolist() for values in batch.step(actions, chunks, frames, snapshots))
+    length = torch.cat([world.elapsed_steps for world in batch.worlds]).tolist()  # before a reset
+    # What was truncated is seen once more, to bootstrap its value from; what succeeded is not.
+    late = [i for i in chunks if truncated[i] and auto_reset]
+    seen = batch.observe(late + [i for i in chunks if not terminated[i] and not truncated[i]])
+    final = {i: seen.pop(i) for i in late}
+    if auto_reset:
+        ended = [i for i in chunks if terminated[i] or truncated[i]]
+        for i in ended:
+            seeds[i] += stride
+        seen |= batch.reset({i: seeds[i] for i in ended})
+    replies = [None] * len(seeds)
+    for i in chunks:
+        recorded = [frames and frames[i], snapshots and snapshots[i]]
+        replies[i] = (seen.get(i), reward[i], terminated[i], truncated[i], length[i], final.get(i), *recorded)
+    return replies
 
 
 class VecEnv:
@@ -1531,7 +1722,7 @@ def show(
                 env.reset(seed=[SEEDS["validation"] + seed])
                 actions = env.demonstrator(np.random.default_rng(seed))
                 for _ in range(16 * seed):
-                    env.step_chunk(torch.from_numpy(next(actions))[None, None])
+                    env.step_chunk(next(actions)[None, None])
                 small = Image.fromarray(env.observe()["image"][0].cpu().numpy())
                 row.append(env.render_rgb_array()[0].cpu().numpy())
                 row.append(np.asarray(small.resize((256, 256), Image.NEAREST)))
@@ -1551,21 +1742,23 @@ def demonstrators(episodes: int = 200, workers: int = len(os.sched_getaffinity(0
         workers: Processes, each with one thread; as many as there are cores by default.
     """
     first = SEEDS["validation"] + 500_000
+    blocks = [range(start, min(start + 8, first + episodes)) for start in range(first, first + episodes, 8)]
     with mp.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         for task in TASKS:
             limit = TASKS[task].max_episode_steps
             for domain in DOMAINS.values():
-                play = partial(_demonstrator_episode, task, domain, limit)
-                success, length = zip(*pool.map(play, range(first, first + episodes), chunksize=8))
+                played = pool.map(partial(_demonstrated, task, domain), blocks, chunksize=1)
+                success, length = np.concatenate(played).T
+                length = np.where(success, length, limit)
                 print(
-                    f"{task}, {domain.name}: {sum(success)} of {episodes} succeed; control steps: median "
-                    f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {limit}"
+                    f"{task}, {domain.name}: {success.sum()} of {episodes} succeed; control steps: median "
+                    f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {limit}",
+                    flush=True,
                 )
 
 
-def _demonstrator_episode(task, domain, limit, seed):
-    episode = demonstrate(task, domain, seed)
-    return episode["success"], len(episode["action"]) if episode["success"] else limit
+def _demonstrated(task, domain, seeds):
+    return [(episode["success"], len(episode["action"])) for episode in demonstrations(task, domain, seeds)]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from data import worker_pool
-from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, VecEnv, demonstrate, joint_targets, make
+from data import SEEDS_PER_BLOCK, worker_pool
+from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, Batch, VecEnv, demonstrations, joint_targets, make
 from policy import PRESETS, Pi05, load_policy
 
 
@@ -72,9 +72,12 @@ def steps_per_second(world: VecEnv, act, seconds: float) -> float:
 
 
 def milliseconds(task: str, chunk: int) -> dict[str, float]:
-    """What the parts of a world cost on one core, in ms; the arm moves."""
-    env = make(task, TWIN)
-    env.reset(seed=[SEEDS["rl"]])
+    """What the parts of a world cost on one core, in ms; the arm moves. What is computed for 16 worlds at once counts
+    as a sixteenth."""
+    worlds = [make(task, TWIN) for _ in range(16)]
+    batch = Batch(worlds)
+    batch.reset({i: SEEDS["rl"] for i in range(16)})
+    env = worlds[0]
     controller = env.agent.controller
     actions = torch.zeros(16, chunk, 7)
     actions[..., 0] = 0.003
@@ -89,31 +92,32 @@ def milliseconds(task: str, chunk: int) -> dict[str, float]:
     parts = {
         f"physics of {chunk} control steps": physics,
         "a picture and its state": env.observe,
-        f"{chunk} times success": lambda: [env.evaluate() for _ in range(chunk)],
-        "the potential": env.potential,
-        f"joint targets of a chunk (a sixteenth of {len(actions)} worlds')": lambda: joint_targets(
-            [controller] * len(actions), actions
-        ),
         "a reset": lambda: env.reset(seed=[SEEDS["rl"]]),
+        "joint targets": lambda: joint_targets([world.agent.controller for world in worlds], actions),
+        f"{chunk} times success": lambda: [batch.view.success() for _ in range(chunk)],
+        "the potential": batch.view.potential,
+        "the whole chunk": lambda: batch.step(actions, range(16)),
     }
+    alone = ["physics", "a pic", "a reset"]
     cost = {}
     for name, part in parts.items():
         part()
         start = time.perf_counter()
         for _ in range(20):
             part()
-        cost[name] = 1000 * (time.perf_counter() - start) / 20 / (len(actions) if "sixteenth" in name else 1)
+        cost[name] = 1000 * (time.perf_counter() - start) / 20 / (1 if name.startswith(tuple(alone)) else 16)
     return cost
 
 
 def demonstrations_per_second(task: str, seconds: float) -> float:
     """One process of scripted demonstrations, each control step with its picture, for `seconds`."""
-    demonstrate(task, TWIN, SEEDS["rl"])  # makes the environment
+    first = SEEDS["rl"]
+    demonstrations(task, TWIN, range(first, first + SEEDS_PER_BLOCK))  # makes the environments
     start = time.time()
     episodes = 0
     while time.time() < start + seconds:
-        episodes += 1
-        demonstrate(task, TWIN, SEEDS["rl"] + episodes)
+        episodes += SEEDS_PER_BLOCK
+        demonstrations(task, TWIN, range(first + episodes, first + episodes + SEEDS_PER_BLOCK))
     return episodes / (time.time() - start)
 
 

@@ -930,7 +930,7 @@ def test_collect_domains_has_all_tasks_each_as_a_new_world_shows_it(tmp_path):
         e for e, seed in enumerate(seeds) if seed == first + 2
     )  # the first of close drawer in the second domain
     rows = slice(*demos.bounds[number : number + 2])
-    alone = envs.demonstrate("close_drawer", envs.random_domain(first + 1), first + 2)
+    [alone] = envs.demonstrations("close_drawer", envs.random_domain(first + 1), [first + 2])
     np.testing.assert_array_equal(demos.frames[rows], alone["image"])
     np.testing.assert_array_equal(demos.action[rows], alone["action"])
     other = load_dataset(tmp_path / "domains-val")

@@ -138,10 +138,9 @@ def test_pictures_show_the_domain(twin, pair):
 @pytest.mark.parametrize("task", envs.TASKS)
 @pytest.mark.parametrize("domain", [envs.TWIN, envs.STANDIN])
 def test_the_demonstrator_finishes_in_time(task, domain):
-    for seed in range(10):
-        episode = envs.demonstrate(task, domain, 777_000 + seed)
+    for episode in envs.demonstrations(task, domain, range(777_000, 777_010)):
         steps = len(episode["action"])
-        assert episode["success"] and steps <= envs.TASKS[task].max_episode_steps, seed
+        assert episode["success"] and steps <= envs.TASKS[task].max_episode_steps, episode["seed"]
         assert episode["image"].shape == (steps, 64, 64, 3) and episode["state"].shape == (steps, 7)
     assert episode["prompt"] == envs.TASKS[task].instruction
 
@@ -311,7 +310,7 @@ def test_auto_reset_gives_the_next_first_observation_and_the_last_of_what_was_tr
     """Row 0 succeeds, row 1 waits till its time is over."""
     world = envs.VecEnv("push_cube", envs.TWIN, 2, 1)
     limit = envs.PushCube.max_episode_steps
-    push = envs.demonstrate("push_cube", envs.TWIN, 10)["action"]
+    push = envs.demonstrations("push_cube", envs.TWIN, [10])[0]["action"]
     steps = len(push)
     actions = torch.zeros(2, limit, 7)
     actions[..., 6] = CLOSED
@@ -345,7 +344,7 @@ def test_the_task_of_the_docs_works(monkeypatch):
     exec(code, vars(envs), namespace)
     monkeypatch.setitem(envs.TASKS, "lift_block", namespace["LiftBlock"])
     for domain in (envs.TWIN, envs.STANDIN):
-        assert all(envs.demonstrate("lift_block", domain, seed)["success"] for seed in range(5))
+        assert all(episode["success"] for episode in envs.demonstrations("lift_block", domain, range(5)))
 
 
 def test_a_failing_worker_says_why():
