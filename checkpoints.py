@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -52,12 +53,18 @@ def one_line_errors(debug: bool = False) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print("interrupted; the same command goes on", file=sys.stderr)
             return
-        users = issubclass(kind, UserError) or disk_is_full(error)
+        lost = lost_loader(error)
+        users = issubclass(kind, UserError) or disk_is_full(error) or lost
         if debug or not users:
             sys.__excepthook__(kind, error, traceback)
         if users:
-            line = str(error).rpartition("checkpoints.UserError: ")[2]  # after the traceback of a DataLoader's worker
+            # of a DataLoader's worker it comes after its traceback
+            line = lost or str(error).rpartition("checkpoints.UserError: ")[2]
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+        if lost:
+            for worker in multiprocessing.active_children():  # Python would wait for one that hangs
+                worker.kill()
+                worker.join()
 
     def stop(number, frame):
         raise KeyboardInterrupt  # so that what is being written is cleaned up, and workers end
@@ -66,6 +73,20 @@ def one_line_errors(debug: bool = False) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP, and that stays so
             signal.signal(number, stop)
+
+
+HANGS = 1800  # s without an answer after which a worker counts as hung: the slowest machine needs minutes
+
+
+def lost_loader(error: BaseException | None) -> str:
+    """What to say of a DataLoader whose worker was killed or hangs, "" if that is not what happened. torch raises it
+    wherever the program is, so nobody can catch it."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
+        return ""
+    if "timed out" in text:
+        return f"a process that loads batches hangs ({text}): does the disk answer? If so, the same command goes on"
+    return f"{text.split('. ')[0]}, as happens where memory runs out: take fewer --workers; the same command goes on"
 
 
 def disk_is_full(error: BaseException | None) -> bool:

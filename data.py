@@ -21,13 +21,14 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache, partial
-from multiprocessing import get_context, parent_process
+from functools import lru_cache
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,7 @@ from PIL import Image, ImageOps
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from checkpoints import UserError, claim, one_line_errors
+from checkpoints import HANGS, UserError, claim, one_line_errors
 
 # envs.py is imported in the functions that collect: whoever only reads datasets needs no simulator.
 
@@ -1177,9 +1178,31 @@ class Mixture(torch.utils.data.Dataset):
 SEEDS_PER_BLOCK = 5
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that simulate; a context manager. They start when needed: the first picture of each takes seconds."""
-    return ProcessPoolExecutor(workers, get_context("spawn"), _init_worker)
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that simulate. They start when needed: the first picture of each takes seconds. UserError if one is
+    killed, or hangs in what `in_order` waits for."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), _init_worker) as pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise UserError(
+                "a simulator process died, for want of memory, or killed: take fewer --workers, which the same command "
+                "goes on with"
+            ) from None
+        except TimeoutError:
+            for worker in active_children():  # the pool would wait for it
+                worker.kill()
+            raise UserError(
+                f"a simulator process has not answered for {HANGS / 60:.0f} minutes and was killed; the same command "
+                "goes on"
+            ) from None
+
+
+def in_order(pool: ProcessPoolExecutor, function: Callable, arguments: Iterable[tuple]) -> Iterator:
+    """`function` of all these arguments, as a `worker_pool` computes them."""
+    for future in [pool.submit(function, *each) for each in arguments]:
+        yield future.result(HANGS)
 
 
 def _init_worker():
@@ -1215,7 +1238,7 @@ def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict
                     start = next(starts)
                     seeds = range(start, start + SEEDS_PER_BLOCK)
                     pending.append(pool.submit(_demonstrate_block, task, domain, seeds, settings))
-                for episode in pending.popleft().result():
+                for episode in pending.popleft().result(HANGS):
                     if not episode["success"]:
                         failures += 1
                         bar.set_postfix(failed=failures)
@@ -1228,8 +1251,6 @@ def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict
                         f"the demonstrator of {task} failed in {failures} of {failures + kept} episodes in the domain "
                         f"{domain.name}; `python envs.py demonstrators` measures it"
                     )
-        except BrokenProcessPool:
-            raise UserError("a simulator process died, for want of memory, or killed: take fewer --workers") from None
         finally:
             for block in pending:
                 block.cancel()
@@ -1275,7 +1296,7 @@ def collect_domains(num: int, out: Path, first_seed: int, pool, video: bool = Fa
     import envs
 
     if not out.exists():
-        domains = pool.map(partial(_demonstrate_everything, first_seed, settings), range(num))
+        domains = in_order(pool, _demonstrate_everything, [(first_seed, settings, number) for number in range(num)])
         domains = tqdm(domains, out.name, num, unit="domain")
         write_dataset(out, itertools.chain.from_iterable(domains), envs.CONTROL_HZ, video)
     return len(load_dataset(out, max_bytes=0).bounds) - 1

@@ -17,6 +17,7 @@ import gc
 import hashlib
 import multiprocessing as mp
 import re
+import signal
 import subprocess
 import sys
 import traceback
@@ -46,7 +47,7 @@ from mani_skill.utils.structs.types import SceneConfig, SimConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import UserError, one_line_errors, whole_file, write_file
+from checkpoints import HANGS, UserError, one_line_errors, whole_file, write_file
 
 CONTROL_HZ = 10
 IMAGE_SIZE = 64  # pixels, height and width of what policies see
@@ -1519,6 +1520,23 @@ def _step(batch, chunks, auto_reset, video, seeds, stride):
     return replies
 
 
+def receive(pipe: Connection, process: subprocess.Popen):
+    """What a worker answers. UserError if it was killed, or hangs."""
+    if not pipe.poll(HANGS):
+        process.kill()  # it would outlive this process
+        raise UserError(f"an environment worker has hung for {HANGS / 60:.0f} minutes; the same command goes on")
+    try:
+        reply = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        why = "its message is above"
+        if process.wait() == -signal.SIGKILL:
+            why = "killed, as happens where memory runs out: take fewer worlds; the same command goes on"
+        raise UserError(f"an environment worker died: {why}") from None
+    if isinstance(reply, BaseException):
+        raise reply
+    return reply
+
+
 class VecEnv:
     """Environments of one task in worker processes, stepped a chunk at a time, reset by themselves.
 
@@ -1563,16 +1581,6 @@ class VecEnv:
             self.pipes.append(pipe)
             self.processes.append(process)
 
-    @staticmethod
-    def _receive(pipe):
-        try:
-            reply = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            raise UserError("an environment worker died: its message is above, or it ran out of memory") from None
-        if isinstance(reply, BaseException):
-            raise reply
-        return reply
-
     def _exchange(self, command, rows, auto_reset=True, video=False):
         """Send environments by their number what they need, a seed or a chunk -> replies, None for the others."""
         for pipe, indices in zip(self.pipes, self.slices):
@@ -1581,8 +1589,8 @@ class VecEnv:
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the worker is gone; what it had to say is in the pipe
         replies = [None] * self.num_envs
-        for pipe, indices in zip(self.pipes, self.slices):
-            for i, reply in zip(indices, self._receive(pipe)):
+        for pipe, process, indices in zip(self.pipes, self.processes, self.slices):
+            for i, reply in zip(indices, receive(pipe, process)):
                 replies[i] = reply
         return replies
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import envs
 from checkpoints import UserError, claim, one_line_errors, provenance, read_file, robot_dims, write_file
-from data import worker_pool
+from data import in_order, worker_pool
 from machines import find_device
 from page import film, html_table, learning_curves, write_page
 from policy import Policy, load_policy
@@ -363,7 +363,7 @@ def draw_videos(films: list[tuple]) -> None:
     """Draw `page.film` of all these arguments, on all cores."""
     cores = len(os.sched_getaffinity(0))
     with worker_pool(min(cores, len(films))) as pool:
-        for _ in tqdm(pool.map(film, *zip(*films)), "videos", len(films), leave=False, unit="video"):
+        for _ in tqdm(in_order(pool, film, films), "videos", len(films), leave=False, unit="video"):
             pass
 
 

@@ -520,6 +520,7 @@ class Franka:
         height = torch.stack([here[0, 2], goal[0, 2], torch.tensor(0.2)]).max()
         up = torch.stack([here[0, 0], here[0, 1], height])[None]
         across = torch.stack([goal[0, 0], goal[0, 1], height])[None]
+        self.watch(inside=False)  # before anything moves
         self.hand.move(opening)
         for start, end in ((here, up), (up, across), (across, goal)):
             self.position = end

@@ -171,7 +171,9 @@ def main(args: Args):
 
     # A generator of its own: the global one stays where resuming put it.
     todo = range(step, args.steps)
-    loader = DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers, generator=torch.Generator())
+    patience = checkpoints.HANGS if workers else 0
+    order = dict(batch_size=None, sampler=todo, generator=torch.Generator())
+    loader = DataLoader(batches, num_workers=workers, timeout=patience, **order)
     began = time.time()
     bar = tqdm(total=args.steps, initial=step, desc="stage I", unit="step", disable=not chief)
     for batch in loader:

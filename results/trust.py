@@ -8,11 +8,13 @@ python -m results.trust arm       # faults at random moments of trials on franka
 
 import fcntl
 import http.server
+import io
 import json
 import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -24,7 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,24 +46,30 @@ ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "results/TRUST.md"
 
 
-def report(command: str, text: str) -> None:
+def report(title: str, command: str, text: str) -> None:
     """Print a campaign's result, and put it into TRUST.md in the place of its last one."""
-    title = command.split()[0]
     section = f"## {title}\n\n`python -m results.trust {command}`\n\n{text.strip()}\n"
-    print(section)
+    print(section, flush=True)
+    folder = os.open(REPORT.parent, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # other campaigns may run beside this one
     sections = re.split(r"^(?=## )", REPORT.read_text(), flags=re.M) if REPORT.exists() else ["# Trust\n\n"]
     others = [other.strip() + "\n" for other in sections if not other.startswith(f"## {title}\n")]
     checkpoints.write_file(REPORT, "\n".join([*others, section]).encode())
+    os.close(folder)
 
 
 # ---- kills --------------------------------------------------------------------------------------------------------
 
+TINY_STAGE_1 = "train_sft.py --steps 110 --batch-size 2 --evaluations 1 --eval-episodes 1 --num-envs 1"
+TINY_STAGE_2 = (
+    "train_rlco.py --iterations 3 --critic-warmup 1 --num-envs 2 --minibatch-size 16 --anchor-batch-size 4 "
+    "--eval-every 3 --eval-episodes 1 --eval-envs 1"
+)
 PROGRAMS = {  # in the order in which a user runs them: each works on what the ones before have left
     "collection": "data.py collect --num-twin 12 --num-real 6 --num-val 3",
-    "stage I": "train_sft.py --steps 250 --batch-size 8 --evaluations 2 --eval-episodes 2 --num-envs 2",
-    "stage II": "train_rlco.py --iterations 5 --critic-warmup 1 --num-envs 4 --minibatch-size 16 "
-    "--anchor-batch-size 8 --eval-every 2 --eval-episodes 2 --eval-envs 2",
-    "evaluation": "eval_real.py standin --episodes 4 --num-envs 2 --videos 1",
+    "stage I": TINY_STAGE_1,
+    "stage II": TINY_STAGE_2,
+    "evaluation": "eval_real.py standin --policies runs/rlco/best --episodes 2 --num-envs 1 --videos 1",
 }
 
 
@@ -69,26 +77,69 @@ PROGRAMS = {  # in the order in which a user runs them: each works on what the o
 class Kills:
     """Kill every program again and again at random moments, every second time without its workers, and compare what it
     leaves in the end with what it leaves undisturbed: weights and numbers bit for bit, the names of all files, no
-    process."""
+    process. Recording, where an arm moves, must keep what was recorded to the last byte."""
 
     kills: int = 50
     """Kills of each program."""
-    programs: tuple[str, ...] = tuple(PROGRAMS)
+    programs: tuple[str, ...] = (*PROGRAMS, "recording")
     """Which ones."""
     seed: int = 0
     """Of the moments."""
 
 
-def start(program: str, folder: Path) -> subprocess.Popen:
-    """Run a program in `folder`, as the head of a process group of its own."""
+def run_program(program: str, folder: Path) -> None:
+    """What `python SCRIPT OPTIONS` does in `folder`, as the head of a process group of its own."""
+    os.setsid()
+    os.chdir(folder)
+    with open("output.txt", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     script, *options = PROGRAMS[program].split()
-    command = [sys.executable, str(ROOT / script), *options]
-    with open(folder / "output.txt", "w") as output:
-        return subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, start_new_session=True)
+    sys.argv = [script, *options]
+    if script == "torchrun":
+        runpy.run_module("torch.distributed.run", run_name="__main__")
+    else:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def processes() -> multiprocessing.context.BaseContext:
+    """Where processes begin with torch and ManiSkill imported: that takes longer than all else that a tiny run does."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_sft", "train_rlco", "eval_real"])
+    return context
+
+
+def start(program: str, folder: Path) -> multiprocessing.Process:
+    process = processes().Process(target=run_program, args=(program, folder))
+    process.start()
+    return process
+
+
+def finish(process: multiprocessing.Process, folder: Path) -> str:
+    """Wait for a program to end -> "" or what is wrong."""
+    process.join(900)
+    if process.exitcode == 0:
+        return ""
+    kill(process, alone=False)
+    what = "fails" if process.exitcode > 0 else "hangs"
+    return f"{what}: {(folder / 'output.txt').read_text()[-2000:]}"
+
+
+def kill(process: multiprocessing.Process, alone: bool) -> bool:
+    """kill -9 of a process, or of its group -> whether any process of the group is left after 15 s."""
+    if not alone:
+        with suppress(ProcessLookupError):  # it has no group yet
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+    deadline = time.time() + 15
+    while is_running(process.pid) and time.time() < deadline:
+        time.sleep(0.1)
+    return is_running(process.pid)
 
 
 def is_running(group: int) -> bool:
-    """Whether a process of this group is left, other than as a zombie."""
+    """Whether a process of this session is left, other than as a zombie."""
     states = subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True).stdout.split()
     return any(not state.startswith("Z") for state in states)
 
@@ -113,62 +164,81 @@ def left_by_a_run(folder: Path) -> dict:
     return left
 
 
-def survive(program: str, before: Path, kills: int, rng: np.random.Generator) -> tuple[Path, str]:
-    """Run a program in a copy of the folder `before` undisturbed, and in another killed `kills` times -> the first of
-    the folders, and a row of the table."""
+def survive(program: str, before: Path, kills: int, rng: np.random.Generator) -> Iterator[list]:
+    """Run a program in a copy of the folder `before` undisturbed, and in another killed `kills` times -> after each
+    kill, and each end, a row of the table."""
     undisturbed = before.with_name(f"{program}, undisturbed")
     shutil.copytree(before, undisturbed)
+    warm = processes().Process(target=time.sleep, args=(0,))  # the imports are not what is killed
+    warm.start()
+    warm.join()
     began = time.time()
-    if start(program, undisturbed).wait():
-        raise UserError(f"{program} fails undisturbed: {(undisturbed / 'output.txt').read_text()[-2000:]}")
+    wrong = finish(start(program, undisturbed), undisturbed)
+    if wrong:
+        raise UserError(f"{program}, undisturbed, {wrong}")
     seconds = time.time() - began
+    print(f"{program} takes {seconds:.1f} s", flush=True)
+    expected = left_by_a_run(undisturbed)
     folder = before.with_name(f"{program}, killed")
     shutil.copytree(before, folder)
-    orphans = 0
+    ended = orphans = done = 0
     differing = Counter()
-    kill = 0
-    for kill in tqdm(range(kills), desc=program, unit="kill"):
+    bar = tqdm(total=kills, desc=program, unit="kill")
+    while done < kills:
         process = start(program, folder)
-        try:
-            process.wait(rng.uniform(0, seconds))
-        except subprocess.TimeoutExpired:
-            alone = kill % 2
-            (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
-            process.wait()
-            deadline = time.time() + 15
-            while is_running(process.pid) and time.time() < deadline:
-                time.sleep(0.1)
-            orphans += is_running(process.pid)
-            if kill < kills - 1:
+        process.join(rng.uniform(0, seconds))
+        if process.is_alive():
+            orphans += kill(process, alone=done % 2 == 1)
+            done += 1
+            bar.update()
+            if done < kills:
+                yield [done, ended, orphans, verdict(differing)]
                 continue
             process = start(program, folder)
         # It has come to its end, or must do so now.
-        failed = process.wait()
-        expected = left_by_a_run(undisturbed)
+        wrong = finish(process, folder)
         found = left_by_a_run(folder)
-        wrong = [name for name in sorted({*expected, *found}) if expected.get(name, 0) != found.get(name, 0)]
-        differing.update(wrong + [(folder / "output.txt").read_text()[-300:]] * (failed != 0))
+        names = [name for name in sorted({*expected, *found}) if expected.get(name, 0) != found.get(name, 0)]
+        differing.update([wrong] if wrong else names)
+        ended += 1
         shutil.rmtree(folder)
         shutil.copytree(before, folder)
+        yield [done, ended, orphans, verdict(differing)]
     shutil.rmtree(folder)
-    verdict = ", ".join(f"{name} ({n} times)" for name, n in differing.most_common()) or "nothing"
-    return undisturbed, f"| {program} | {kills} | {orphans} | {verdict} |"
+
+
+def verdict(wrong: Counter) -> str:
+    return ", ".join(f"{name} ({n} times)" for name, n in wrong.most_common()) or "nothing"
 
 
 def kills(args: Kills) -> None:
+    known = (*PROGRAMS, "recording")
+    if not set(args.programs) <= set(known):
+        raise UserError(f"--programs: of {', '.join(known)}")
     rng = np.random.default_rng(args.seed)
-    rows = ["| program | kills | processes left | differs from an undisturbed run |", "| --- | --- | --- | --- |"]
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, "empty")
         folder.mkdir()
         for program in PROGRAMS:
             if program in args.programs:
-                folder, row = survive(program, folder, args.kills, rng)
-                rows.append(row)
-                print(row, flush=True)
-            elif start(program, folder).wait():
-                raise UserError(f"{program} fails: {(folder / 'output.txt').read_text()[-2000:]}")
-    report(f"kills --kills {args.kills}", "\n".join(rows))
+                heads = ["kills", "of these runs ended", "processes left", "differs from an undisturbed run"]
+                write_kills(args, program, heads, survive(program, folder, args.kills, rng))
+                folder = folder.with_name(f"{program}, undisturbed")
+            elif set(args.programs) - {"recording"}:  # one that comes later works on this one's files
+                wrong = finish(start(program, folder), folder)
+                if wrong:
+                    raise UserError(f"{program} {wrong}")
+        if "recording" in args.programs:
+            heads = ["kills", "of these recordings ended", "processes left", "slowest at rest, s", "wrong"]
+            write_kills(args, "recording", heads, survive_recording(args.kills, rng, Path(root)))
+
+
+def write_kills(args: Kills, program: str, heads: list[str], rows: Iterator[list]) -> None:
+    """Report after each kill, so that what was done stands there if the campaign is cut off."""
+    for row in rows:
+        table = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+        table.append(f"| {' | '.join(map(str, row))} |")
+        report(f"kills: {program}", f'kills --kills {args.kills} --programs "{program}"', "\n".join(table))
 
 
 # ---- damaged files -------------------------------------------------------------------------------------------------
@@ -340,7 +410,7 @@ def fuzz(args: Fuzz) -> None:
         print(rows[-1])
         for text, count in outcomes.most_common():
             print(f"  {count} x {text}", flush=True)
-    report(f"fuzz --mutations {args.mutations}", "\n".join(rows))
+    report("fuzz", f"fuzz --mutations {args.mutations}", "\n".join(rows))
 
 
 # ---- the server ----------------------------------------------------------------------------------------------------
@@ -510,7 +580,7 @@ def server(args: Server) -> None:
 | visits of the others | {", ".join(f"{name} {count}" for name, count in others.items())} |
 | memory of the server after each tenth, MB | {", ".join(map(str, held))} |
 | tracebacks that the server has printed | {output.count("Traceback")} |"""
-    report(f"server --minutes {args.minutes:g}", text)
+    report("server", f"server --minutes {args.minutes:g}", text)
 
 
 # ---- the arm -------------------------------------------------------------------------------------------------------
@@ -613,7 +683,9 @@ class Arm:
     """Of the moments."""
 
 
-REST = 3.0  # s after a fault within which the arm is at rest; two of them are --max-image-age or --max-silence below
+REST = 3.0  # s after a fault within which the arm is at rest: it is noticed after AGE at the latest, and to stop takes
+# the simulated arm 0.3 to 0.8 s on a busy machine
+AGE = 1.0  # s, --max-image-age and --max-silence; twice the defaults, as all is late now and then beside other work
 ENDS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "closed terminal": signal.SIGHUP, "kill -9": signal.SIGKILL}
 LAST = (*ENDS, "lost connection")  # these end the program
 FAULTS = (*LAST, "stale picture", "frozen picture", "NaN", "huge step", "slow policy", "stuck hand", "reflex")
@@ -647,7 +719,7 @@ class Scripted:
 
 
 class Pressing:
-    """An operator who agrees to everything, and ends a trial after some seconds."""
+    """An operator who agrees to everything after half a second, and ends a trial after some."""
 
     def __enter__(self):
         return self
@@ -656,6 +728,7 @@ class Pressing:
         pass
 
     def ask(self, question, keys, meanwhile=None):
+        time.sleep(0.5)
         self.until = time.monotonic() + 4
         return "y" if "y" in keys else keys[0]
 
@@ -670,10 +743,14 @@ def evaluate(ip: str, camera: str, folder: Path) -> None:
 
     eval_real.load_policies = lambda *_: {"scripted": Scripted(folder)}
     eval_real.Keyboard = Pressing
-    eval_real.provenance = lambda args: {}
+    eval_real.provenance = lambda *_: {}
     eval_real.envs.write_video = lambda *_: None
-    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=2.0, max_silence=2.0)
-    with open(folder / "output", "a", buffering=1) as sys.stdout, suppress(KeyboardInterrupt, UserError):
+    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=AGE)
+    with open(folder / "output", "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    with suppress(KeyboardInterrupt, UserError):
         eval_real.franka(eval_real.FrankaArgs(policies=("scripted",), trials=10000, out=folder / "runs", rig=rig))
 
 
@@ -693,23 +770,111 @@ def seconds_to_rest(motion: np.ndarray, since: float) -> float:
     return float("inf")
 
 
+class Leading(Pressing):
+    """An operator who agrees to everything, leads the arm forward, and keeps a demonstration after a second."""
+
+    def ask(self, question, keys, meanwhile=None):
+        self.until = time.monotonic() + 1
+        return "y" if "y" in keys else keys[0]
+
+    def pressed(self):
+        return "\n" if time.monotonic() > self.until else "w"
+
+
+def record(ip: str, camera: str, folder: Path, episodes: int) -> None:
+    """What `python data.py record` does."""
+    import robot
+
+    os.setsid()
+    robot.Keyboard = Leading
+    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=AGE, image_size=64)
+    with open(folder / "output.txt", "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    robot.record(robot.RecordArgs(rig=rig, out=folder / "dataset", episodes=episodes))
+
+
+def survive_recording(kills: int, rng: np.random.Generator, root: Path) -> Iterator[list]:
+    """Record six demonstrations on franka-sim, again and again, and kill that -> after each kill, a row."""
+    ended = orphans = done = 0
+    slowest = 0.0
+    wrong = Counter()
+    bar = tqdm(total=kills, desc="recording", unit="kill")
+    with one_simulator(root) as simulator:
+        camera = Stream()
+        while done < kills:
+            folder = root / "recording"
+            folder.mkdir()
+            kept = {}  # contents of demonstrations, by name
+            process = None
+            while not (folder / "dataset").exists():
+                if process is None:
+                    process = processes().Process(target=record, args=(simulator.ip, camera.url, folder, 6))
+                    process.start()
+                process.join(rng.uniform(0, 30) if done < kills else 300)
+                if process.exitcode == 0:
+                    break
+                if process.exitcode is not None or done == kills:
+                    wrong[(folder / "output.txt").read_text()[-300:]] += 1
+                    break
+                since = time.monotonic()
+                orphans += kill(process, alone=done % 2 == 1)
+                process = None
+                done += 1
+                bar.update()
+                time.sleep(1)
+                slowest = max(slowest, seconds_to_rest(read_motion(simulator.folder), since))
+                parts = {part.name: part.read_bytes() for part in (folder / "dataset.parts").glob("[0-9]*.npz")}
+                wrong["a demonstration was lost or changed"] += any(
+                    parts.get(name) != content for name, content in kept.items()
+                )
+                kept = parts
+                yield [done, ended, orphans, f"{slowest:.2f}", verdict(+wrong)]
+            ended += 1
+            wrong.update(wrong_with_dataset(folder, kept))
+            shutil.rmtree(folder)
+            yield [done, ended, orphans, f"{slowest:.2f}", verdict(+wrong)]
+
+
+def wrong_with_dataset(folder: Path, kept: dict[str, bytes]) -> list[str]:
+    """What is wrong with a recorded dataset whose first demonstrations were once seen to be `kept`."""
+    names = {file.name for file in folder.iterdir()}
+    wrong = [] if names == {"dataset", "output.txt"} else [f"left behind: {sorted(names)}"]
+    wrong += [f"left behind: {file.name}" for file in folder.rglob("*.partial*")]
+    dataset = data.load_dataset(folder / "dataset")
+    if len(dataset.bounds) != 7:
+        wrong.append(f"{len(dataset.bounds) - 1} demonstrations, not 6")
+    for name, content in kept.items():
+        first, last = dataset.bounds[int(name[:4]) : int(name[:4]) + 2]
+        episode = np.load(io.BytesIO(content))
+        same = np.array_equal(dataset.frames[np.arange(first, last)], episode["image"])
+        if not (same and np.allclose(dataset.action[first:last], episode["action"])):
+            wrong.append(f"{name} is another one in the dataset")
+    return wrong
+
+
+@contextmanager
+def one_simulator(folder: Path) -> Iterator[Simulator]:
+    """franka-sim, once a machine: the hand's port is fixed, as the tests know."""
+    with open(Path(tempfile.gettempdir()) / "franka-sim.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        simulator = Simulator(ROOT / ".venv-franka-sim/bin/python", folder)  # tests/test_robot.py installs it
+        try:
+            yield simulator.start("enforce", lost=300)
+        finally:
+            simulator.stop()
+
+
 def arm(args: Arm) -> list[str]:
     """-> what has gone badly, a line each."""
-    import envs
-
     rng = np.random.default_rng(args.seed)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["eval_real", "franka", "results.trust"])
     rest = {fault: [] for fault in FAULTS}
     bad = []
     trials = []
+    tracebacks = 0
     child = None
-    python = ROOT / ".venv-franka-sim/bin/python"  # tests/test_robot.py installs it
-    lock = open(Path(tempfile.gettempdir()) / "franka-sim.lock", "w")  # the hand's port is fixed, as the tests know
-    with tempfile.TemporaryDirectory() as root, lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with tempfile.TemporaryDirectory() as root, one_simulator(Path(root)) as simulator:
         folder = Path(root)
-        simulator = Simulator(python, folder).start("enforce", lost=300)
         camera = Stream()
 
         def said():
@@ -722,12 +887,13 @@ def arm(args: Arm) -> list[str]:
         for number in tqdm(range(args.faults), unit="fault"):
             fault = FAULTS[number % len(FAULTS)]
             if child is None or not child.is_alive():
-                child = context.Process(target=evaluate, args=(simulator.ip, camera.url, folder))
+                child = processes().Process(target=evaluate, args=(simulator.ip, camera.url, folder))
                 child.start()
             begun = said().count("y: success")
             wait_for(lambda begun=begun, child=child: said().count("y: success") > begun or not child.is_alive(), 120)
             time.sleep(rng.uniform(0.1, 2.5))
             voids = said().count("does not count.")
+            stuck = said().count("the hand is stuck")
             since = time.monotonic()
             if fault in ENDS:
                 os.kill(child.pid, ENDS[fault])
@@ -750,17 +916,22 @@ def arm(args: Arm) -> list[str]:
                     bad.append(f"{fault}: the program does not end")
                     child.kill()
                     child.join()
-            elif fault not in ("slow policy", "stuck hand"):
+            elif fault == "stuck hand":  # the trial goes on; on the way to the next start it is noticed
+                try:
+                    wait_for(lambda stuck=stuck: said().count("the hand is stuck") > stuck, 60)
+                except AssertionError:
+                    bad.append(f"{fault}: nobody says so")
+                since = time.monotonic()
+            elif fault != "slow policy":
                 try:
                     wait_for(lambda voids=voids: said().count("does not count.") > voids, 20)
                 except AssertionError:
                     bad.append(f"{fault}: the trial goes on")
-            time.sleep(REST + 0.5 if fault in ("slow policy", "stuck hand") else 0.5)
+            time.sleep(REST + 0.5 if fault == "slow policy" else 0.5)
             motion = read_motion(folder)
             took = seconds_to_rest(motion, since)
             rest[fault].append(took)
-            # Stuck fingers stop nothing but the way to the next start.
-            if took > REST and fault != "stuck hand":
+            if took > REST:
                 bad.append(f"{fault}: at rest after {took:.1f} s")
             for name in ("unplugged", "stuck", "fault"):
                 (folder / name).unlink(missing_ok=True)
@@ -768,24 +939,28 @@ def arm(args: Arm) -> list[str]:
             if saved()[: len(trials)] != trials:
                 bad.append(f"{fault}: trials are lost")
             trials = saved()
+            # after each fault, so that what was tried stands there if the campaign is cut off
+            if said().count("Traceback") > tracebacks:
+                tracebacks = said().count("Traceback")
+                bad.append(f"{fault}: a traceback: {said()[said().rindex('Traceback') :][-500:]}")
+            report("arm", f"arm --faults {args.faults}", arm_table(rest, bad, len(trials), motion))
         child.kill()
-        motion = read_motion(folder)
-        simulator.stop()
-        output = said()
+    return bad
+
+
+def arm_table(rest: dict[str, list[float]], bad: list[str], trials: int, motion: np.ndarray) -> str:
+    """Markdown; `rest` in seconds by fault, `motion` of the arm so far."""
+    import envs
+
     tcp = envs.panda_kinematics(torch.tensor(motion[::5, 1:], dtype=torch.float32))[0][:, :3, 3]
     low, high = torch.tensor(envs.WORKSPACE)
     outside = float(torch.maximum(low - tcp, tcp - high).max())
-    if outside > 0.03:
-        bad.append(f"the arm was {100 * outside:.1f} cm outside its box")
-    if "Traceback" in output:
-        bad.append("a traceback: " + output[output.index("Traceback") :][:500])
+    bad = bad + [f"the arm was {100 * outside:.1f} cm outside its box"] * (outside > 0.03)
     rows = ["| fault | tried | at rest after, s: median, longest |", "| --- | --- | --- |"]
     rows += [f"| {k} | {len(v)} | {np.median(v):.2f}, {max(v):.2f} |" for k, v in rest.items() if v]
-    rows += ["", f"Survived badly: {len(bad)} of {args.faults}. {'; '.join(bad)}"]
-    rows += [f"Trials kept: {len(trials)}. Farthest outside the box: {max(0, 100 * outside):.1f} cm (3 are allowed)."]
-    print("\n".join(rows))
-    report(f"arm --faults {args.faults}", "\n".join(rows))
-    return bad
+    rows += ["", f"Survived badly: {len(bad)} of {sum(map(len, rest.values()))}. {'; '.join(bad)}"]
+    rows += [f"Trials kept: {trials}. Farthest outside the box: {max(0, 100 * outside):.1f} cm (3 are allowed)."]
+    return "\n".join(rows)
 
 
 CAMPAIGNS = {"kills": (Kills, kills), "fuzz": (Fuzz, fuzz), "server": (Server, server), "arm": (Arm, arm)}

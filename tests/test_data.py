@@ -3,10 +3,13 @@
 import gc
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -857,6 +860,29 @@ def test_a_picture_that_a_worker_cannot_read_is_one_line(folder, tmp_path, capsy
     line = capsys.readouterr().err
     assert re.fullmatch(r".*: /.*file-000.parquet: frame 1 of episode 2 cannot be read .*\(16, 48, 3\).*\n", line)
     assert "Traceback" not in line
+
+
+@pytest.mark.parametrize("sent, why", [(signal.SIGKILL, "worker .* memory .* --workers"), (signal.SIGSTOP, "hangs")])
+def test_a_loading_process_that_is_lost_is_one_line(folder, sent, why, capsys, monkeypatch):
+    mixture = Mixture(load_dataset(folder / "image", max_bytes=0), 100, 1, 0)
+    batches = iter(DataLoader(mixture, batch_size=None, sampler=range(1000), num_workers=1, timeout=2))
+    os.kill(multiprocessing.active_children()[0].pid, sent)
+    monkeypatch.setattr("sys.excepthook", None)
+    one_line_errors()
+    with pytest.raises(RuntimeError) as error:
+        list(batches)
+    sys.excepthook(RuntimeError, error.value, None)
+    assert re.fullmatch(f".*: .*{why}.*the same command goes on\n", capsys.readouterr().err)
+    assert not multiprocessing.active_children()  # Python would wait for it, for ever
+
+
+def test_a_simulator_process_that_is_lost_is_one_line(monkeypatch):
+    with pytest.raises(UserError, match="died"), data.worker_pool(1) as pool:
+        list(data.in_order(pool, os._exit, [(1,)]))
+    monkeypatch.setattr(data, "HANGS", 1)
+    with pytest.raises(UserError, match="has not answered"), data.worker_pool(1) as pool:
+        list(data.in_order(pool, time.sleep, [(3600,)]))
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -356,8 +357,17 @@ def test_a_failing_worker_says_why():
 def test_a_killed_worker_is_one_line():
     world = envs.VecEnv("push_cube", envs.TWIN, 1, 1)
     world.processes[0].kill()
-    with pytest.raises(UserError, match="an environment worker died"):
+    with pytest.raises(UserError, match="an environment worker died: killed, as happens where memory runs out"):
         world.reset(0)
+
+
+def test_a_worker_that_hangs_is_one_line_and_does_not_stay(monkeypatch):
+    world = envs.VecEnv("push_cube", envs.TWIN, 1, 1)
+    world.processes[0].send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(envs, "HANGS", 0.5)
+    with pytest.raises(UserError, match="an environment worker has hung"):
+        world.reset(0)
+    assert world.processes[0].wait(10) == -signal.SIGKILL
 
 
 def test_a_worker_imports_no_policy():
