@@ -1563,6 +1563,8 @@ class VecEnv:
         domains = [domain] * num_envs if isinstance(domain, Domain) else domain
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which torchrun sets
         workers = max(1, min(workers or cores, num_envs))
+        if kwargs.get("sim_backend") == "physx_cuda":
+            workers = 1  # a GPU has all scenes in one
         self.first, self.stride = share
         kwargs["render"] = find_renderer(kwargs.get("render", "auto"))  # tried once, and not by every process
         self.num_envs = num_envs

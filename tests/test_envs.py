@@ -445,3 +445,78 @@ def test_a_task_that_returns_a_scalar_is_one_line(twin, monkeypatch):
         UserError, match=r"PushCube.evaluate\(\)\['success'\] has shape \[\]: it must be a tensor \[1\]"
     ):
         twin.step_chunk(torch.zeros(1, 1, 7))
+
+
+@pytest.mark.parametrize("task", envs.TASKS)
+def test_an_episode_does_not_depend_on_its_company(task):
+    """Demonstrations of four worlds in a batch and of one alone, in another row: equal to the last bit, noise too."""
+    together = envs.demonstrations(task, envs.STANDIN, range(60, 64))
+    for seed in (63, 61):
+        [alone] = envs.demonstrations(task, envs.STANDIN, [seed])
+        for key in ("image", "state", "action"):
+            np.testing.assert_array_equal(alone[key], together[seed - 60][key])
+
+
+def test_a_batch_is_its_worlds_one_by_one(pair, twin):
+    """Rewards and ends of two domains in one batch; a reset of one row leaves the other, and what it was commanded."""
+    seeds = {0: 21, 1: 22}
+    chunks = torch.stack([random_actions(np.random.default_rng(seed), 24) for seed in seeds.values()]).split(8, 1)
+    batch = envs.Batch([twin, pair[0]])
+    batch.reset(seeds)
+    together = [torch.stack([values.float() for values in batch.step(chunk, [0, 1])]) for chunk in chunks]
+    for row, world in enumerate(batch.worlds):
+        world.reset(seed=[seeds[row]])
+        for chunk, expected in zip(chunks, together):
+            alone = torch.stack([values.float() for values in world.step_chunk(chunk[row, None])[:3]])
+            torch.testing.assert_close(alone[:, 0], expected[:, row], atol=0, rtol=0)
+    kept = [twin.get_state(), twin.commanded, twin.elapsed_steps.clone()]
+    batch.reset({1: 23})
+    for before, after in zip(kept, [twin.get_state(), twin.commanded, twin.elapsed_steps]):
+        torch.testing.assert_close(before, after, atol=0, rtol=0)
+    assert pair[0].elapsed_steps == 0
+
+
+class Moved(envs.PushCube):
+    """Done as soon as the cube has been moved at all: what a task remembers."""
+
+    def _load_objects(self):
+        super()._load_objects()
+        self.moved = torch.zeros(self.num_envs, dtype=torch.bool)
+        self.weight = self.domain.object_mass if self.of_domain else 0.1
+
+    def _place_objects(self, env_idx):
+        super()._place_objects(env_idx)
+        self.moved[env_idx] = False
+
+    def evaluate(self):
+        self.moved = self.moved | (torch.linalg.norm(self.cube.linear_velocity, dim=-1) > 0.05)
+        return dict(success=self.moved.clone())
+
+    of_domain = False
+
+
+def test_a_task_may_remember(monkeypatch):
+    """Of each row, and anew with each episode; a number that differs between worlds is one line."""
+    worlds = [Moved(envs.TWIN), Moved(envs.STANDIN)]
+    batch = envs.Batch(worlds)
+    batch.reset({0: 1, 1: 2})
+    still = torch.zeros(2, 1, 7)
+    for _ in range(3):  # they fall on the table
+        batch.step(still, [0, 1])
+    batch.reset({0: 1, 1: 2})
+    worlds[1].cube.set_linear_velocity(torch.tensor([[1.0, 0, 0]]))
+    assert batch.step(still, [0, 1])[1].tolist() == [False, True]
+    assert batch.view.moved.tolist() == [False, True]
+    batch.reset({1: 3})
+    assert batch.step(still, [0, 1])[1].tolist() == [False, False]
+    monkeypatch.setattr(Moved, "of_domain", True)
+    with pytest.raises(UserError, match=r"Moved.weight is 0.1 in one environment and not in another"):
+        envs.Batch([Moved(envs.TWIN), Moved(envs.STANDIN)])
+
+
+def test_places_for_other_environments_are_one_line(twin):
+    twin.reset(seed=[0])
+    with pytest.raises(UserError, match=r"PushCube._place_objects asks for 3 positions: .* environments that begin"):
+        twin.sample_positions(2, 3)
+    with pytest.raises(UserError, match="reset got 2 seeds for 1 environments"):
+        twin.reset(seed=[1, 2])
