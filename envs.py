@@ -1441,7 +1441,7 @@ import os, sys, threading
 sys.path.insert(0, {folder!r})
 
 def load():
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 5)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
     import envs
 
 loading = threading.Thread(target=load)

@@ -11,6 +11,7 @@ disjoint from those of training, of the demonstrations and of the validation dur
 the same numbers.
 """
 
+from machines import find_device  # isort: skip  # first: it sets how torch's threads wait for each other
 import hmac
 import html
 import itertools
@@ -38,7 +39,6 @@ from tqdm import tqdm
 import envs
 from checkpoints import UserError, claim, one_line_errors, provenance, read_file, robot_dims, write_file
 from data import in_order, worker_pool
-from machines import find_device
 from page import film, html_table, learning_curves, write_page
 from policy import Policy, load_policy
 from robot import Camera, Franka, Keyboard, Rig, Stopped, get_ready, play, show_overlay

@@ -7,6 +7,12 @@ Without torchrun there is one process, and nothing here communicates.
 """
 
 import os
+
+# Torch's threads wait for each other after every operation. By default they spin for a millisecond: beside a program
+# that keeps a core busy that costs two thirds of the speed, and of environments that start. libgomp reads this as torch
+# is imported, so programs import this room first; what the user has set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import sys
 from datetime import timedelta
 

@@ -9,6 +9,7 @@ Progress is in OUT/tensorboard and OUT/metrics.json, the curve in OUT/learning_c
 OUT/last. The same command again resumes a killed run at the iteration that it was in.
 """
 
+import machines  # isort: skip  # first: it sets how torch's threads wait for each other
 import math
 import time
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from tqdm import tqdm
 import checkpoints
 import data
 import envs
-import machines
 import page
 from checkpoints import UserError
 from machines import AdamW

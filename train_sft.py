@@ -9,6 +9,7 @@ Without a robot the real demonstrations come from the stand-in; the default data
 Progress is in OUT/tensorboard, checkpoints in OUT/best and OUT/last. The same command again resumes a killed run.
 """
 
+import machines  # isort: skip  # first: it sets how torch's threads wait for each other
 import math
 import os
 import time
@@ -25,7 +26,6 @@ from tqdm import tqdm
 import checkpoints
 import data
 import envs
-import machines
 import page
 from checkpoints import UserError
 from machines import AdamW

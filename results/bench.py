@@ -1,10 +1,14 @@
 """How fast it is, beside what else there is to use.
 
 python -m results.bench env       # control steps per second beside stock ManiSkill
+python -m results.bench busy      # stage I beside a program that keeps a core busy
 python -m results.bench update    # pi0.5's PPO update beside the public code's way of computing it
 """
 
+import machines  # noqa: F401, isort: skip  # first: it sets how torch's threads wait for each other
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -164,6 +168,53 @@ def bench_env(args: Env) -> None:
 
 
 @dataclass
+class Busy:
+    """Steps per second of stage I, the default policy with batches of 128, alone and beside a program that keeps a core
+    busy: with threads that spin for as long as they do by default, and as machines.py sets it."""
+
+    seconds: float = 10.0
+    """Length of each measurement."""
+
+
+SFT_STEPS = """
+import time, torch
+from policy import load_policy
+
+torch.manual_seed(0)
+one = {{"q01": [-1.0] * 7, "q99": [1.0] * 7}}
+policy = load_policy("tiny-pi05", {{"observation.state": one, "action": one}})
+batch = dict(
+    image=torch.randint(0, 256, (128, 64, 64, 3), dtype=torch.uint8),
+    state=torch.rand(128, 7),
+    prompt=["push the cube to the target"] * 128,
+    action=torch.rand(128, policy.horizon, 7),
+    action_is_pad=torch.zeros(128, policy.horizon, dtype=torch.bool),
+)
+optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4)
+steps = -1  # the first one warms up
+while steps < 0 or time.time() < start + {seconds}:
+    policy.sft_loss(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if steps < 0:
+        start = time.time()
+    steps += 1
+print(steps / (time.time() - start))
+"""
+
+
+def bench_busy(args: Busy) -> None:
+    program = [sys.executable, "-c", SFT_STEPS.format(seconds=args.seconds)]
+    for name, spins in (("as by default", "300000"), ("as set here", os.environ.get("GOMP_SPINCOUNT", "0"))):
+        settings = {**os.environ, "GOMP_SPINCOUNT": spins}
+        alone = float(subprocess.run(program, env=settings, stdout=subprocess.PIPE, check=True).stdout)
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        beside = float(subprocess.run(program, env=settings, stdout=subprocess.PIPE, check=True).stdout)
+        busy.kill()
+        print(f"threads wait {name}: {alone:.2f} steps/s of stage I alone, {beside:.2f} beside a busy core")
+
+
+@dataclass
 class Update:
     """Samples per second of pi0.5's PPO update (evaluate and backward), here and as published, on the same weights."""
 
@@ -247,8 +298,10 @@ def bench_update(args: Update) -> None:
 
 
 if __name__ == "__main__":
-    args = tyro.extras.subcommand_cli_from_dict(dict(env=Env, update=Update))
+    args = tyro.extras.subcommand_cli_from_dict(dict(env=Env, busy=Busy, update=Update))
     if isinstance(args, Env):
         bench_env(args)
+    elif isinstance(args, Busy):
+        bench_busy(args)
     else:
         bench_update(args)

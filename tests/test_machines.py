@@ -1,5 +1,9 @@
 """Mistakes with devices, found without a GPU: see pretend_cuda.py. What needs a real one is in test_gpu.py."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,3 +125,25 @@ def test_defaults_follow_the_policy():
     args = train_sft.Args()
     apply_defaults(args, load_policy("tiny-openvla"), train_sft.DEFAULTS)
     assert args.lr == 1e-3
+
+
+@pytest.mark.parametrize("users", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+@pytest.mark.parametrize("program", ["train_sft", "train_rlco", "eval_real"])
+def test_threads_wait_as_set_before_torch_is_imported_and_not_over_the_users_own(program, users):
+    code = f"""
+import os, sys
+
+class Look:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            os._exit(0)
+
+sys.meta_path.insert(0, Look())
+import {program}
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(envs.__file__).parent, env=clean | users, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == {(): "3000", ("OMP_WAIT_POLICY",): "None", ("GOMP_SPINCOUNT",): "7"}[tuple(users)]
