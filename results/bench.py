@@ -100,7 +100,6 @@ def milliseconds(task: str, chunk: int) -> dict[str, float]:
         "joint targets": lambda: joint_targets([world.agent.controller for world in worlds], actions),
         f"{chunk} times success": lambda: [batch.view.success() for _ in range(chunk)],
         "the potential": batch.view.potential,
-        "the whole chunk": lambda: batch.step(actions, range(16)),
     }
     alone = ["physics", "a pic", "a reset"]
     cost = {}
