@@ -523,7 +523,8 @@ class TabletopEnv(BaseEnv):
     max_episode_steps: int  # control steps; at least 95 % of the demonstrations, twin or stand-in, are shorter
 
     def _load_objects(self) -> None:
-        """Build the task's objects, once a scene: `make_object`, `make_box`, `add_box`, ManiSkill's builders."""
+        """Build the task's objects, once a scene: `make_object`, `make_box`, `add_box`, ManiSkill's builders. What a
+        task keeps beside them is a tensor [num_envs, ...]."""
         raise NotImplementedError
 
     def _place_objects(self, env_idx: Tensor) -> None:
@@ -532,7 +533,8 @@ class TabletopEnv(BaseEnv):
         raise NotImplementedError
 
     def evaluate(self) -> dict[str, Tensor]:
-        """-> dict(success=bool [B]): is the task done now? It ends the episode."""
+        """-> dict(success=bool [B]): is the task done now? It ends the episode. As `potential`, it is computed for
+        worlds of several domains at once, and knows nothing of these."""
         raise NotImplementedError
 
     def potential(self) -> Tensor:
@@ -980,18 +982,14 @@ class Batch:
         for target in joint_targets(controllers, torch.cat(executed)).unbind(1):
             held = torch.where(running[:, None], target, held)
             for world, goes, targets in zip(self.worlds, running.split(self.sizes), held.split(self.sizes)):
-                if goes.any():
+                if goes.any():  # on a GPU the scenes of ended episodes go on, held where they are
                     world.advance(targets)
             elapsed = elapsed + running
             success = view.success()
             terminated = terminated | running & success
             truncated = truncated | running & ~success & (elapsed >= view.max_episode_steps)
-            for world, mine, places in self._by_world(running.nonzero()[:, 0].tolist() if frames or snapshots else []):
-                for row, place in zip(mine, places):
-                    if frames:
-                        frames[row].append(world.render_rgb_array()[place].cpu().numpy())
-                    if snapshots:
-                        snapshots[row].append(world.snapshot()[place].cpu().numpy())
+            if frames or snapshots:
+                self._record(running.nonzero()[:, 0].tolist(), frames, snapshots)
             running = running & ~(terminated | truncated)
             if not running.any():
                 break
@@ -1001,6 +999,14 @@ class Batch:
             world._elapsed_steps = steps
             world._potential = height
         return terminated + potential - before, terminated, truncated
+
+    def _record(self, rows, frames, snapshots):
+        for world, mine, places in self._by_world(rows):
+            for row, place in zip(mine, places):
+                if frames:
+                    frames[row].append(world.render_rgb_array()[place].cpu().numpy())
+                if snapshots:
+                    snapshots[row].append(world.snapshot()[place].cpu().numpy())
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------
