@@ -12,6 +12,7 @@ the same numbers.
 """
 
 from machines import find_device  # isort: skip  # first: it sets how torch's threads wait for each other
+import ctypes
 import hmac
 import html
 import itertools
@@ -25,7 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
@@ -78,7 +79,7 @@ def summary(policy: str, domain: str, task: str, success: list[bool], length: li
     """A cell of the table: how a checkpoint did in its episodes or trials, `length` in control steps."""
     n = len(success)
     successes = int(sum(success))
-    rate = dict(successes=successes, success_rate=successes / n, wilson=wilson(successes, n))
+    rate = dict(successes=successes, success_rate=successes / n, wilson=list(wilson(successes, n)))
     return dict(policy=policy, domain=domain, task=task, episodes=n, **rate, mean_length=float(np.mean(length)))
 
 
@@ -346,7 +347,25 @@ def finished(path: Path, repeat: dict) -> dict | None:
         return None
     saved = read_file(path)
     same = all(saved.get(key) == value for key, value in repeat.items())
-    return saved if same and saved.get("finished") else None
+    return saved if same and saved.get("finished") is True and adds_up(saved.get("results")) else None
+
+
+def adds_up(results) -> bool:
+    """Whether these are cells as `standin` writes them, whose figures are those of their episodes."""
+    try:
+        for cell in results:
+            if not isinstance(cell["policy"], str) or not len(cell["success"]) == len(cell["length"]) > 0:
+                return False
+            again = summary(*(cell[key] for key in ("policy", "domain", "task", "success", "length")))
+            if (
+                not set(map(type, cell["success"])) <= {bool}
+                or cell["domain"] not in envs.DOMAINS
+                or cell | again != cell
+            ):
+                return False
+    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError):
+        return False
+    return True
 
 
 def worth_seeing(outcomes: dict[str, dict[int, bool]], n: int) -> list[int]:
@@ -381,6 +400,17 @@ class FrankaArgs(EvaluationArgs):
     """The arm, the camera, and limits that every motion keeps."""
 
 
+def is_trials(saved: dict) -> bool:
+    """Whether this is what `Trials` writes, as far as it reads it again."""
+    kinds = dict(policy=str, seed=int, success=bool, steps=int, late=int, decisions=int)
+    trials = saved.get("trials")
+    if not isinstance(trials, list) or not all(isinstance(trial, dict) for trial in trials):
+        return False
+    if not all(type(trial.get(key)) is kind for trial in trials for key, kind in kinds.items()):
+        return False
+    return isinstance(saved.get("weights"), dict) and isinstance(saved.get("void"), list) and "task" in saved
+
+
 class Trials:
     """The trials of an evaluation on the arm, in OUT/franka.json, which is written after each of them."""
 
@@ -395,6 +425,8 @@ class Trials:
         self.saved = dict(what, weights={}, trials=[], void=[])
         if self.path.exists():
             self.saved = read_file(self.path)
+            if not is_trials(self.saved):
+                raise UserError(f"{self.path} is damaged: put back a copy of it, or choose another --out")
         if {key: self.saved.get(key) for key in what} != what:
             found = f"{self.saved['task']}, variation {self.saved.get('variation')}"
             raise UserError(f"{self.path} is an evaluation of {found}: choose another --out")
@@ -764,6 +796,15 @@ class Server:
             client.send(msgpack.packb(reply, default=pack_array))
 
 
+def give_memory_back() -> None:
+    """Let glibc return what large messages took. By itself it keeps that, for each of many threads, and grows for an
+    hour; and after the first large block that is freed it takes none of that size from the system directly again."""
+    with suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-8, 2)  # M_ARENA_MAX
+        libc.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, bytes
+
+
 def serve(args: ServeArgs) -> None:
     """Answer clients until Ctrl-C."""
     try:
@@ -772,6 +813,7 @@ def serve(args: ServeArgs) -> None:
     except ImportError as error:
         raise UserError(f"{error}: pip install -r requirements-robot.txt") from None
     envs.require_task(args.task)
+    give_memory_back()
     api_key = args.api_key or os.environ.get("RLCO_API_KEY", "")
     try:
         sock = socket.create_server((args.host, args.port))

@@ -6,6 +6,7 @@ Of N processes, process r has the worlds r, r + N, ... and the micro-batches r, 
 Without torchrun there is one process, and nothing here communicates.
 """
 
+import ctypes
 import os
 
 # Torch's threads wait for each other after every operation. By default they spin for a millisecond: beside a program
@@ -13,6 +14,7 @@ import os
 # is imported, so programs import this room first; what the user has set stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+import signal
 import sys
 from datetime import timedelta
 
@@ -65,6 +67,8 @@ def start(name: str, accumulate: int) -> torch.device:
     if the micro-batches of a gradient step cannot be shared out evenly."""
     device = find_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # torchrun that is killed would leave this process behind: the kernel kills it, too (prctl PR_SET_PDEATHSIG).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # Process 0 evaluates and saves alone, which takes long: the others wait.

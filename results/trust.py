@@ -26,12 +26,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import msgpack
 import numpy as np
 import torch
 import tyro
@@ -65,11 +67,14 @@ TINY_STAGE_2 = (
     "train_rlco.py --iterations 3 --critic-warmup 1 --num-envs 2 --minibatch-size 16 --anchor-batch-size 4 "
     "--eval-every 3 --eval-episodes 1 --eval-envs 1"
 )
+TORCHRUN = "torchrun --standalone --nproc-per-node 2"
 PROGRAMS = {  # in the order in which a user runs them: each works on what the ones before have left
     "collection": "data.py collect --num-twin 12 --num-real 6 --num-val 3",
     "stage I": TINY_STAGE_1,
     "stage II": TINY_STAGE_2,
     "evaluation": "eval_real.py standin --policies runs/rlco/best --episodes 2 --num-envs 1 --videos 1",
+    "stage I, two processes": f"{TORCHRUN} {ROOT}/{TINY_STAGE_1} --accumulate 2 --out two/sft",
+    "stage II, two processes": f"{TORCHRUN} {ROOT}/{TINY_STAGE_2} --accumulate 2 --out two/rlco",
 }
 
 
@@ -87,14 +92,14 @@ class Kills:
     """Of the moments."""
 
 
-def run_program(program: str, folder: Path) -> None:
-    """What `python SCRIPT OPTIONS` does in `folder`, as the head of a process group of its own."""
+def run_program(command: str, folder: Path) -> None:
+    """What `python COMMAND` does in `folder`, as the head of a process group of its own."""
     os.setsid()
     os.chdir(folder)
     with open("output.txt", "w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    script, *options = PROGRAMS[program].split()
+    script, *options = command.split()
     sys.argv = [script, *options]
     if script == "torchrun":
         runpy.run_module("torch.distributed.run", run_name="__main__")
@@ -109,8 +114,8 @@ def processes() -> multiprocessing.context.BaseContext:
     return context
 
 
-def start(program: str, folder: Path) -> multiprocessing.Process:
-    process = processes().Process(target=run_program, args=(program, folder))
+def start(command: str, folder: Path) -> multiprocessing.Process:
+    process = processes().Process(target=run_program, args=(command, folder))
     process.start()
     return process
 
@@ -120,28 +125,31 @@ def finish(process: multiprocessing.Process, folder: Path) -> str:
     process.join(900)
     if process.exitcode == 0:
         return ""
-    kill(process, alone=False)
+    kill(process, folder, alone=False)
     what = "fails" if process.exitcode > 0 else "hangs"
     return f"{what}: {(folder / 'output.txt').read_text()[-2000:]}"
 
 
-def kill(process: multiprocessing.Process, alone: bool) -> bool:
-    """kill -9 of a process, or of its group -> whether any process of the group is left after 15 s."""
+def kill(process: multiprocessing.Process, folder: Path, alone: bool) -> bool:
+    """kill -9 of a process, or of its group -> whether any that was started in `folder` is left two minutes later."""
     if not alone:
         with suppress(ProcessLookupError):  # it has no group yet
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
-    deadline = time.time() + 15
-    while is_running(process.pid) and time.time() < deadline:
+    deadline = time.time() + 120  # a worker that is importing notices when it is done
+    while is_running(folder) and time.time() < deadline:
         time.sleep(0.1)
-    return is_running(process.pid)
+    return is_running(folder)
 
 
-def is_running(group: int) -> bool:
-    """Whether a process of this session is left, other than as a zombie."""
-    states = subprocess.run(["ps", "-o", "stat=", "-g", str(group)], capture_output=True, text=True).stdout.split()
-    return any(not state.startswith("Z") for state in states)
+def is_running(folder: Path) -> bool:
+    """Whether a process that was started in `folder`, or one of its own, is left, other than as a zombie."""
+    for place in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            if os.readlink(place) == str(folder):
+                return True
+    return False
 
 
 def left_by_a_run(folder: Path) -> dict:
@@ -164,7 +172,7 @@ def left_by_a_run(folder: Path) -> dict:
     return left
 
 
-def survive(program: str, before: Path, kills: int, rng: np.random.Generator) -> Iterator[list]:
+def survive(program: str, command: str, before: Path, kills: int, rng: np.random.Generator) -> Iterator[list]:
     """Run a program in a copy of the folder `before` undisturbed, and in another killed `kills` times -> after each
     kill, and each end, a row of the table."""
     undisturbed = before.with_name(f"{program}, undisturbed")
@@ -173,7 +181,7 @@ def survive(program: str, before: Path, kills: int, rng: np.random.Generator) ->
     warm.start()
     warm.join()
     began = time.time()
-    wrong = finish(start(program, undisturbed), undisturbed)
+    wrong = finish(start(command, undisturbed), undisturbed)
     if wrong:
         raise UserError(f"{program}, undisturbed, {wrong}")
     seconds = time.time() - began
@@ -185,16 +193,16 @@ def survive(program: str, before: Path, kills: int, rng: np.random.Generator) ->
     differing = Counter()
     bar = tqdm(total=kills, desc=program, unit="kill")
     while done < kills:
-        process = start(program, folder)
+        process = start(command, folder)
         process.join(rng.uniform(0, seconds))
         if process.is_alive():
-            orphans += kill(process, alone=done % 2 == 1)
+            orphans += kill(process, folder, alone=done % 2 == 1)
             done += 1
             bar.update()
             if done < kills:
                 yield [done, ended, orphans, verdict(differing)]
                 continue
-            process = start(program, folder)
+            process = start(command, folder)
         # It has come to its end, or must do so now.
         wrong = finish(process, folder)
         found = left_by_a_run(folder)
@@ -222,10 +230,10 @@ def kills(args: Kills) -> None:
         for program in PROGRAMS:
             if program in args.programs:
                 heads = ["kills", "of these runs ended", "processes left", "differs from an undisturbed run"]
-                write_kills(args, program, heads, survive(program, folder, args.kills, rng))
+                write_kills(args, program, heads, survive(program, PROGRAMS[program], folder, args.kills, rng))
                 folder = folder.with_name(f"{program}, undisturbed")
             elif set(args.programs) - {"recording"}:  # one that comes later works on this one's files
-                wrong = finish(start(program, folder), folder)
+                wrong = finish(start(PROGRAMS[program], folder), folder)
                 if wrong:
                     raise UserError(f"{program} {wrong}")
         if "recording" in args.programs:
@@ -246,15 +254,21 @@ def write_kills(args: Kills, program: str, heads: list[str], rows: Iterator[list
 
 @dataclass
 class Fuzz:
-    """Damage valid datasets and checkpoints in small ways and read them: each must be read, or refused by a UserError
-    of one line, within a time and a memory limit."""
+    """Damage what is read in small ways, each time one file: it must be read, or refused by a UserError of one line,
+    within a time and a memory limit."""
 
     mutations: int = 2000
     """Damaged copies of each kind of folder."""
     seed: int = 0
     """Of the damage."""
-    kinds: tuple[str, ...] = ("images", "video", "ours", "openpi", "lerobot", "openvla")
-    """Kinds of folder: datasets with images or video, checkpoints in each layout."""
+    kinds: tuple[str, ...] = ("images", "video", "ours", "openpi", "lerobot", "openvla") + (
+        "run",
+        "evaluation",
+        "trials",
+        "message",
+    )
+    """What: datasets with images or video, checkpoints in each layout, the state of a killed run, the results of
+    evaluations in the simulator and on the arm, a message to the server."""
 
 
 WILD = (None, True, -1, 0, 3, 1e308, float("nan"), 2**70, "", "x", "../../x", [], {}, [[]], {"x": 1}, "é" * 300)
@@ -303,12 +317,14 @@ def damage(file: Path, rng: np.random.Generator) -> bytes:
     content = file.read_bytes()
     if file.suffix == ".json" and rng.random() < 0.7:
         return json.dumps(damage_json(json.loads(content), rng)).encode()
+    if file.suffix == ".msgpack" and rng.random() < 0.7:
+        return msgpack.packb(damage_json(msgpack.unpackb(content, strict_map_key=False), rng), default=str)
     return damage_bytes(content, rng)
 
 
-def make_dataset(folder: Path, video: bool) -> None:
+def make_dataset(folder: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
-    with data.DatasetWriter(folder, 10, video) as writer:
+    with data.DatasetWriter(folder, 10, kind == "video") as writer:
         for length in (5, 7):
             writer.add_episode(
                 dict(
@@ -326,19 +342,121 @@ def read_dataset(folder: Path) -> None:
     data.statistics(dataset)
 
 
+STATISTICS = {
+    feature: {kind: [float(n)] * 7 for n, kind in enumerate(("min", "q01", "mean", "q99", "max", "std"))}
+    for feature in ("observation.state", "action")
+}
+
+
 def make_checkpoint(folder: Path, layout: str) -> None:
-    statistics = {"observation.state": {}, "action": {}}
-    for number, kind in enumerate(("min", "q01", "mean", "q99", "max", "std")):
-        for columns in statistics.values():
-            columns[kind] = [float(number)] * 7
     name = "tiny-openvla" if layout == "openvla" else "tiny-pi05"
-    load_policy(name, stats=statistics).save(folder, layout=None if layout == "ours" else layout)
+    load_policy(name, stats=STATISTICS).save(folder, layout=None if layout == "ours" else layout)
 
 
 def read_checkpoint(folder: Path) -> None:
     policy = load_policy(folder)
     obs = dict(image=torch.zeros(1, 64, 64, 3, dtype=torch.uint8), state=torch.zeros(1, 7), prompt=["push the cube"])
     policy.act(obs, sample=False)
+
+
+def make_run(folder: Path, _) -> None:
+    policy = load_policy("tiny-pi05")
+    checkpoints.save_run(folder, dict(task="push_cube"), step=3, best=0.5, policy=policy.state_dict())
+
+
+def read_run(folder: Path) -> None:
+    state = checkpoints.resume_run(folder, dict(task="push_cube"), free=set())
+    if state:
+        load_policy("tiny-pi05").load_state_dict(state["policy"])
+        checkpoints.restore_rng(state)
+        assert (state["step"], state["best"]) == (3, 0.5)
+
+
+class Anew(Exception):
+    """What was found is not taken for this evaluation, which begins."""
+
+
+def begin_anew(*_, **__):
+    raise Anew
+
+
+def patched_evaluation():
+    """eval_real.py with two policies that nobody has to load, and no simulator."""
+    import eval_real
+
+    eval_real.load_policies = lambda names, _: {
+        name: SimpleNamespace(sha256=lambda: "weights", image_size=64) for name in names
+    }
+    eval_real.provenance = lambda *_: dict(commit="abc")
+    eval_real.make_world = begin_anew
+    return eval_real
+
+
+def make_evaluation(folder: Path, _) -> None:
+    evaluation = patched_evaluation()
+    seeds = range(4)
+    rows = []
+    for domain in ("twin", "standin"):
+        for name, success in (("before", [False, True, False, True]), ("after", [True, True, True, False])):
+            cell = evaluation.summary(name, domain, "push_cube", success, [56, 40, 56, 31])
+            rows.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=[56, 40, 56, 31]))
+    weights = dict(before="weights", after="weights")
+    checkpoints.write_file(
+        folder / "results.json", dict(results=rows, differences=[], weights=weights, commit="abc", finished=True)
+    )
+
+
+def read_evaluation(folder: Path) -> None:
+    evaluation = patched_evaluation()
+    args = evaluation.StandinArgs(policies=("before", "after"), episodes=4, videos=0, out=folder)
+    with suppress(Anew), redirect_stdout(io.StringIO()) as printed:
+        evaluation.standin(args)
+        assert "| 75 % [30, 95] of 4, 46 |" in printed.getvalue(), "read wrong"
+    checkpoints.CLAIMS.pop().close()
+
+
+def make_trials(folder: Path, _) -> None:
+    evaluation = patched_evaluation()
+    args = evaluation.FrankaArgs(policies=("before", "after"), trials=3, out=folder)
+    trials = evaluation.Trials(args, evaluation.load_policies(args.policies, ""))
+    for seed, name in trials.missing()[:4]:
+        trials.add("trials", policy=name, seed=seed, success=name == "after", steps=40, late=1, decisions=10)
+    trials.add("void", policy="before", seed=seed, why="aborted")
+    checkpoints.CLAIMS.pop().close()
+
+
+def read_trials(folder: Path) -> None:
+    evaluation = patched_evaluation()
+    evaluation.envs.make = begin_anew
+    args = evaluation.FrankaArgs(policies=("before", "after"), trials=2, out=folder)
+    with suppress(Anew), redirect_stdout(io.StringIO()):
+        evaluation.franka(args)
+    checkpoints.CLAIMS.pop().close()
+
+
+def make_message(folder: Path, _) -> None:
+    from eval_real import pack_array
+
+    folder.mkdir()
+    (folder / "observation.msgpack").write_bytes(msgpack.packb(observation(0, 0), default=pack_array))
+
+
+def read_message(folder: Path) -> None:
+    from eval_real import read_obs, unpack
+
+    file = folder / "observation.msgpack"
+    try:
+        obs = read_obs(unpack(file.read_bytes() if file.exists() else b""), served_policy(), "push")
+    except ValueError as error:
+        if "\n" in str(error) or not str(error):
+            raise RuntimeError(f"no single line: {error!r}") from None
+        raise UserError(str(error)) from None
+    assert served_policy().act(obs, sample=False).actions.isfinite().all()
+
+
+@cache
+def served_policy():
+    return load_policy("tiny-pi05", stats=STATISTICS)
 
 
 def damaged_copies(original: Path, folder: Path, mutations: int, rng: np.random.Generator) -> Iterator[Path]:
@@ -375,18 +493,20 @@ def outcome(read: Callable[[Path], None], folder: Path) -> str:
         signal.alarm(0)
 
 
+KINDS = dict.fromkeys(("images", "video"), (make_dataset, read_dataset))
+KINDS |= dict.fromkeys(("ours", "openpi", "lerobot", "openvla"), (make_checkpoint, read_checkpoint))
+KINDS |= dict(run=(make_run, read_run), evaluation=(make_evaluation, read_evaluation))
+KINDS |= dict(trials=(make_trials, read_trials), message=(make_message, read_message))
+
+
 def try_damage(kind: str, mutations: int, seed: int) -> Counter:
     """Damage a folder of this kind `mutations` times -> how often each outcome, with the files of bad ones."""
     rng = np.random.default_rng((seed, sum(kind.encode())))
     outcomes = Counter()
     with tempfile.TemporaryDirectory() as root:
         original = Path(root, "original")
-        if kind in ("images", "video"):
-            make_dataset(original, video=kind == "video")
-            read = read_dataset
-        else:
-            make_checkpoint(original, kind)
-            read = read_checkpoint
+        make, read = KINDS[kind]
+        make(original, kind)
         folder = Path(root, "damaged")
         shutil.copytree(original, folder)
         if outcome(read, folder) != "read":
@@ -685,7 +805,7 @@ class Arm:
 
 REST = 3.0  # s after a fault within which the arm is at rest: it is noticed after AGE at the latest, and to stop takes
 # the simulated arm 0.3 to 0.8 s on a busy machine
-AGE = 1.0  # s, --max-image-age and --max-silence; twice the defaults, as all is late now and then beside other work
+AGE = 1.0  # s, --max-image-age, and half of --max-silence: the defaults are 0.5, all is late now and then on busy cores
 ENDS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "closed terminal": signal.SIGHUP, "kill -9": signal.SIGKILL}
 LAST = (*ENDS, "lost connection")  # these end the program
 FAULTS = (*LAST, "stale picture", "frozen picture", "NaN", "huge step", "slow policy", "stuck hand", "reflex")
@@ -745,7 +865,7 @@ def evaluate(ip: str, camera: str, folder: Path) -> None:
     eval_real.Keyboard = Pressing
     eval_real.provenance = lambda *_: {}
     eval_real.envs.write_video = lambda *_: None
-    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=AGE)
+    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=2 * AGE)
     with open(folder / "output", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -786,8 +906,9 @@ def record(ip: str, camera: str, folder: Path, episodes: int) -> None:
     import robot
 
     os.setsid()
+    os.chdir(folder)
     robot.Keyboard = Leading
-    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=AGE, image_size=64)
+    rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=2 * AGE, image_size=64)
     with open(folder / "output.txt", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -818,7 +939,7 @@ def survive_recording(kills: int, rng: np.random.Generator, root: Path) -> Itera
                     wrong[(folder / "output.txt").read_text()[-300:]] += 1
                     break
                 since = time.monotonic()
-                orphans += kill(process, alone=done % 2 == 1)
+                orphans += kill(process, folder, alone=done % 2 == 1)
                 process = None
                 done += 1
                 bar.update()
@@ -884,13 +1005,21 @@ def arm(args: Arm) -> list[str]:
             path = folder / "runs/franka.json"
             return json.loads(path.read_text())["trials"] if path.exists() else []
 
+        def in_a_trial(child):
+            """The program in a trial that has just begun. Where it has ended it is started anew: on a busy machine the
+            simulated hand is silent for seconds now and then, and the program ends by itself."""
+            while True:
+                if child is None or not child.is_alive():
+                    child = processes().Process(target=evaluate, args=(simulator.ip, camera.url, folder))
+                    child.start()
+                begun = said().count("y: success")
+                wait_for(lambda begun=begun, c=child: said().count("y: success") > begun or not c.is_alive(), 120)
+                if child.is_alive():
+                    return child
+
         for number in tqdm(range(args.faults), unit="fault"):
             fault = FAULTS[number % len(FAULTS)]
-            if child is None or not child.is_alive():
-                child = processes().Process(target=evaluate, args=(simulator.ip, camera.url, folder))
-                child.start()
-            begun = said().count("y: success")
-            wait_for(lambda begun=begun, child=child: said().count("y: success") > begun or not child.is_alive(), 120)
+            child = in_a_trial(child)
             time.sleep(rng.uniform(0.1, 2.5))
             voids = said().count("does not count.")
             stuck = said().count("the hand is stuck")
@@ -920,13 +1049,13 @@ def arm(args: Arm) -> list[str]:
                 try:
                     wait_for(lambda stuck=stuck: said().count("the hand is stuck") > stuck, 60)
                 except AssertionError:
-                    bad.append(f"{fault}: nobody says so")
+                    bad += [f"{fault}: nobody says so"] * child.is_alive()
                 since = time.monotonic()
             elif fault != "slow policy":
                 try:
                     wait_for(lambda voids=voids: said().count("does not count.") > voids, 20)
                 except AssertionError:
-                    bad.append(f"{fault}: the trial goes on")
+                    bad += [f"{fault}: the trial goes on"] * child.is_alive()
             time.sleep(REST + 0.5 if fault == "slow policy" else 0.5)
             motion = read_motion(folder)
             took = seconds_to_rest(motion, since)
