@@ -689,7 +689,7 @@ def server(args: Server) -> None:
                     f"{rounds} rounds of good clients, {wrong} with other actions; {dict(others)}; {held} MB",
                     flush=True,
                 )
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # a job in the background ignores Ctrl-C
             output = process.communicate(timeout=60)[0]
         finally:
             process.kill()

@@ -97,12 +97,17 @@ def test_how_many_trials_show_what():
 def test_only_the_same_evaluation_counts_as_done(tmp_path):
     path = tmp_path / "results.json"
     repeat = dict(commit="abc", weights=dict(a="1"), args=dict(episodes=3))
-    write_file(path, dict(results=[1], **repeat))
+    cell = eval_real.summary("a", "twin", "push_cube", [True, False], [3, 4]) | dict(
+        success=[True, False], length=[3, 4]
+    )
+    write_file(path, dict(results=[cell], **repeat))
     assert eval_real.finished(path, repeat) is None  # killed while it drew the videos
-    write_file(path, dict(results=[1], finished=True, **repeat))
-    assert eval_real.finished(path, repeat)["results"] == [1]
+    write_file(path, dict(results=[dict(cell, success=[True, True])], finished=True, **repeat))
+    assert eval_real.finished(path, repeat) is None  # its rate is not that of its episodes
+    write_file(path, dict(results=[cell], finished=True, **repeat))
+    assert eval_real.finished(path, repeat)["results"] == [cell]
     for asked in (dict(weights=dict(a="2")), dict(args=dict(episodes=4))):
         assert eval_real.finished(path, repeat | asked) is None
     for commit in ("abc-dirty", ""):  # nobody knows what code that was
-        write_file(path, dict(repeat, results=[1], finished=True, commit=commit))
+        write_file(path, dict(repeat, results=[cell], finished=True, commit=commit))
         assert eval_real.finished(path, repeat | dict(commit=commit)) is None

@@ -525,3 +525,17 @@ def test_the_contract_is_declared_once():
     methods = {"sft_loss", "act", "evaluate", "value", "encode"}
     assert P.Policy.__abstractmethods__ == methods
     assert all(getattr(P.Policy, name).__doc__ for name in methods)
+
+
+def test_exploration_that_has_died_leaves_finite_numbers():
+    """OpenVLA's tokens can become certain; pi0.5's noise has a lower bound."""
+    dim = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    policy = P.load_policy("tiny-openvla", stats={"observation.state": dim, "action": dim})
+    obs = dict(image=torch.zeros(2, 64, 64, 3, dtype=torch.uint8), state=torch.zeros(2, 7), prompt=["push"] * 2)
+    with torch.no_grad():
+        policy.language_model.lm_head.weight.mul_(1e4)
+    decision = policy.act(obs, sample=True)
+    logprob, entropy, _ = policy.evaluate(obs, decision.latent)
+    (logprob.sum() + entropy.sum()).backward()
+    assert entropy.abs().max() < 0.01 and logprob.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
