@@ -1543,6 +1543,9 @@ def receive(pipe: Connection, process: subprocess.Popen):
     return reply
 
 
+AT_ONCE = 32  # observations that a policy evaluates together: OpenVLA-7B remembers 0.2 GB of each
+
+
 class VecEnv:
     """Environments of one task in worker processes, stepped a chunk at a time, reset by themselves.
 
@@ -1632,9 +1635,11 @@ class VecEnv:
         """Play the episodes `seeds` once each with `act(obs) -> actions [B,C,7]`; `progress` names the progress bar.
 
         -> success bool [N], length int [N] (control steps), reward [N], in the order of the seeds; snapshots, a list
-        [N] of lists of `TabletopEnv.snapshot` [D], one a control step; with `video` frames, the same of [H,W,3]. The
-        same program plays them the same way every time. In another order, or in another number of environments, a
-        policy that samples draws other noise.
+        [N] of lists of `TabletopEnv.snapshot` [D], one a control step; with `video` frames, the same of [H,W,3].
+
+        As many as there are environments are played at a time, and seeded by their first: the same program plays these
+        the same way every time, whatever else it plays. In other company a policy that samples draws other noise. It
+        acts on at most AT_ONCE observations at a time.
         """
         n = len(seeds)
         success = np.zeros(n, bool)
@@ -1644,12 +1649,14 @@ class VecEnv:
         snapshots = [[] for _ in seeds]
         bar = tqdm(total=n, desc=progress, unit="episode", leave=False, disable=progress is None)
         with bar, torch.random.fork_rng():  # a policy that samples takes nothing from the caller's random numbers
-            torch.manual_seed(seeds[0])
             for first in range(0, n, self.num_envs):
+                torch.manual_seed(seeds[first])
                 running = range(min(self.num_envs, n - first))
                 seen = self._exchange("reset", dict(zip(running, seeds[first:])))
                 while running:
-                    actions = np.asarray(act(self._stack([seen[i] for i in running])), np.float32)
+                    parts = [running[k : k + AT_ONCE] for k in range(0, len(running), AT_ONCE)]
+                    actions = [act(self._stack([seen[i] for i in part])) for part in parts]
+                    actions = np.concatenate([np.asarray(of_part, np.float32) for of_part in actions])
                     replies = self._exchange("step", dict(zip(running, actions)), auto_reset=False, video=video)
                     for i in running:
                         seen[i], gain, terminated, truncated, steps, _, filmed, recorded = replies[i]

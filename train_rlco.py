@@ -31,7 +31,8 @@ from checkpoints import UserError
 from machines import AdamW
 from policy import apply_defaults, concat_obs, index_obs, load_policy
 
-# Options that nobody gave: what was found here, and what RLinf (RL-Co, pi0.5) and RL4VLA (LoRA) published at full size.
+# Options that nobody gave: what was found here, and what RLinf (RL-Co, pi0.5) and RL4VLA (LoRA) published at full size;
+# but for pi0.5's minibatch, a tenth of theirs (docs/policies.md).
 DEFAULTS = {
     "tiny": dict(lr=2e-5, value_lr=3e-3, update_epochs=2, minibatch_size=256, entropy_coef=0.0, max_grad_norm=1.0),
     "pi05": dict(lr=4e-6, value_lr=2e-4, update_epochs=2, minibatch_size=256, entropy_coef=0.005, max_grad_norm=1.0),

@@ -31,11 +31,12 @@ from checkpoints import UserError
 from machines import AdamW
 from policy import apply_defaults, index_obs, load_policy
 
-# Options that nobody gave: from random weights, and for fine-tuning what openpi and OpenVLA's authors (LoRA) published.
+# Options that nobody gave: from random weights, and for fine-tuning what openpi and OpenVLA's authors (LoRA) published
+# (docs/policies.md has all that they did).
 DEFAULTS = {
     "tiny": dict(lr=1e-3, weight_decay=1e-4),
     "pi05": dict(lr=2.5e-5, weight_decay=1e-10),
-    "openvla": dict(lr=5e-4, weight_decay=0.0),
+    "openvla": dict(lr=5e-4, weight_decay=0.01),
 }
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+import train_rlco
 from checkpoints import UserError
+from machines import AdamW
 from policy import index_obs, load_policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -139,3 +141,105 @@ def test_a_probability_is_the_same_in_other_company_in_bfloat16(name):
     ratio = torch.cat(again).float() - decision.logprob.float()
     print(f"\n{name}: {N / seconds:.0f} decisions/s, {cuda.max_memory_allocated() / 2**20:.0f} MB")
     assert ratio.square().mean().sqrt() < 0.02
+
+
+def observed(policy, n):
+    """n random observations with actions, as an SFT batch."""
+    size = policy.image_size
+    return dict(
+        image=torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8),
+        state=torch.rand(n, 7) * 2 - 1,
+        prompt=["push the cube to the target"] * n,
+        action=torch.rand(n, policy.horizon, 7) * 2 - 1,
+        action_is_pad=torch.zeros(n, policy.horizon, dtype=torch.bool),
+    )
+
+
+@pytest.mark.parametrize("name, part", [("tiny-pi05", "expert"), ("tiny-openvla", "llm")])
+def test_a_gradient_step_is_the_one_of_a_cpu(name, part):
+    """Stage II's loss, its gradient and the fused AdamW, in float32, from the same weights."""
+    args = SimpleNamespace(clip=0.2, value_clip=0.2, huber_delta=10.0, value_coef=0.5, entropy_coef=0.01, beta=0.0)
+    torch.manual_seed(0)
+    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    stats = {"observation.state": one, "action": one}
+    policies = [load_policy(name, stats), load_policy(name, stats, device=DEVICE)]
+    policies[1].load_state_dict(policies[0].state_dict())
+    obs = observed(policies[0], 8)
+    decision = policies[0].act(obs, sample=True)
+    minibatch = dict(obs=obs, latent=decision.latent, logprob=decision.logprob, value=decision.value)
+    minibatch |= dict(advantage=torch.randn(8), returns=torch.randn(8))
+    losses = []
+    norms = []
+    for policy in policies:
+        policy.set_trainable(part)
+        optimizer = AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad], lr=1e-4)])
+        there = {key: x.to(policy.device) if torch.is_tensor(x) else x for key, x in minibatch.items()}
+        loss, _ = train_rlco.rlco_loss(policy, there, None, args)
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(optimizer.clip(1.0))
+        optimizer.step()
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and norms[1] == pytest.approx(norms[0], rel=1e-2)
+    for (key, here), there in zip(policies[0].named_parameters(), policies[1].parameters()):
+        # Adam's first step is the gradient's sign, which rounding may turn where there is hardly any
+        assert (here - there.cpu()).abs().mean() < 2e-5, key
+
+
+@pytest.mark.parametrize("name, part", [("tiny-pi05", "expert"), ("tiny-openvla", "lora")])
+def test_a_bfloat16_optimizer_goes_on_after_a_save(name, part, tmp_path):
+    """Copies, moments and the number of steps go to the CPU and back to where the fused kernel reads them."""
+    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    policies = []
+    optimizers = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        policy = load_policy(name, {"observation.state": one, "action": one}, torch.bfloat16, DEVICE)
+        policy.set_trainable(part)
+        policies.append(policy)
+        optimizers.append(AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad])], lr=1e-3))
+    batch = observed(policies[0], 8)
+
+    def train(which, first, last):
+        for step in range(first, last):
+            torch.manual_seed(step)
+            optimizers[which].zero_grad()
+            policies[which].sft_loss(batch).backward()
+            assert np.isfinite(optimizers[which].clip(1.0))
+            optimizers[which].step()
+
+    train(0, 0, 3)
+    torch.save(optimizers[0].state_dict(), tmp_path / "moments.pt")
+    saved = {key: weight.clone() for key, weight in policies[0].state_dict().items()}
+    train(0, 3, 6)
+    policies[1].load_state_dict(saved)
+    optimizers[1].load_state_dict(torch.load(tmp_path / "moments.pt", weights_only=True))
+    train(1, 3, 6)
+    straight, resumed = (policy.state_dict() for policy in policies)
+    # A GPU adds up in any order; but without copies or moments this would be further by far.
+    apart = torch.stack([(straight[key] - resumed[key]).float().abs().mean() for key in saved]).max()
+    moved = torch.stack([(straight[key] - saved[key]).float().abs().mean() for key in saved]).max()
+    assert apart < moved / 20
+
+
+@pytest.mark.parametrize("name, part", [("pi05", "expert"), ("pi05", "all"), ("openvla-7b", "lora")])
+def test_full_size_trains(name, part):
+    """A gradient step of stage I with random weights, with --bf16 --gradient-checkpointing: prints what it takes."""
+    if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 70e9:
+        pytest.skip("needs 80 GB")
+    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    torch.cuda.reset_peak_memory_stats()
+    policy = load_policy(name, {"observation.state": one, "action": one}, torch.bfloat16, DEVICE)
+    policy.set_trainable(part)
+    policy.gradient_checkpointing = True
+    optimizer = AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad])], lr=1e-5)
+    batch = observed(policy, 8)
+    for _ in range(2):  # the first one compiles kernels
+        start = time.time()
+        optimizer.zero_grad()
+        policy.sft_loss(batch).backward()
+        assert np.isfinite(optimizer.clip(1.0))
+        optimizer.step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    print(f"\n{name} {part}: {8 / (time.time() - start):.1f} samples/s, {peak:.1f} GB")
+    assert peak < 80
