@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import envs
 import train_rlco
 import train_sft
+from checkpoints import UserError
 from policy import HEADS, load_policy
 
 ROOT = Path(__file__).parent.parent
@@ -251,6 +252,37 @@ def test_advantages_are_normalised_and_bootstrap_from_what_was_truncated(stage_2
     assert torch.equal(truncated_value != 0, truncated)
     advantage = torch.cat([call.args[1]["advantage"] for call in loss.call_args_list])
     assert len(advantage) == 9 and abs(advantage.mean()) < 1e-6 and advantage.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_number_that_is_none_ends_stage_2_and_the_last_good_checkpoint_stays(stage_2, monkeypatch):
+    _, good, _ = stage_2("tiny-pi05")
+    step = Noise.step
+
+    def step_without_reward(self, actions):
+        seen, reward, *rest = step(self, actions)
+        return seen, reward * torch.nan, *rest
+
+    monkeypatch.setattr(Noise, "step", step_without_reward)
+    with pytest.raises(UserError, match=r"iteration 1: the gradient is nan, the loss nan .* keeps the last good"):
+        stage_2("tiny-pi05", iterations=2)
+    monkeypatch.setattr(Noise, "step", step)
+    _, left, metrics = stage_2("tiny-pi05")  # done already
+    assert all(torch.equal(good[key], left[key]) for key in good) and len(metrics) == 2
+
+
+def test_a_kl_divergence_that_one_process_alone_has_ends_the_update_of_all(stage_2, monkeypatch):
+    steps = []
+
+    def gather(x):
+        if x.dtype != torch.float64:  # not what a gradient step says of itself
+            return x
+        steps.append(x)
+        return torch.cat([x, x + 100 * (len(steps) > 1)], -1)  # beside another process, whose second step goes far
+
+    monkeypatch.setattr(train_rlco.machines, "gather", gather)
+    *_, metrics = stage_2("tiny-pi05")
+    assert metrics[0]["time/updates"] == 1 and len(steps) == 2
+    assert metrics[0]["loss/refused_kl"] == pytest.approx(50, abs=1)
 
 
 def test_more_backward_passes_give_the_same_gradient(stage_2, monkeypatch):
