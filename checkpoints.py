@@ -24,6 +24,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -229,15 +230,52 @@ def note_origin(args, start: int, device, weights: str, datasets: list) -> None:
     write_file(args.out / f"made_by_from_{start}.json", made_by)
 
 
-def save_run(folder: Path, settings: dict, **state) -> None:
-    """Write folder/trainer.pt: `settings`, `state` (what torch saves) and the state of torch's random numbers."""
-    rng = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-    write_file(folder / "trainer.pt", dict(args=settings, **state, rng=rng))
+class RunSaver:
+    """Saves a run into its folder in a thread: training waits for a copy in the host's memory, and for the save before
+    this one if that is still being written; an error of a save is raised at the next `save` or `close`."""
+
+    def __init__(self, folder: Path, settings: dict, policy):
+        self.folder = folder
+        self.settings = settings
+        self.policy = policy
+        self.thread = ThreadPoolExecutor(1)
+        self.pending = None
+
+    def save(self, **state) -> None:
+        """folder/last, the policy as it is now, and folder/trainer.pt, from which `resume_run` goes on: `state` (what
+        torch saves) and under "policy" the weights that train."""
+        weights = on_host(self.policy.state_dict())
+        state = on_host(state)
+        trained = [name for name, weight in self.policy.named_parameters() if weight.requires_grad]
+        state["policy"] = {name: weights[name] for name in trained}
+        self.wait()
+        self.pending = self.thread.submit(self._write, weights, dict(args=self.settings, **state))
+
+    def _write(self, weights, state):
+        self.policy.save(self.folder / "last", weights=weights)
+        write_file(self.folder / "trainer.pt", state)
+
+    def wait(self) -> None:
+        if self.pending:
+            self.pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+
+
+def on_host(state):
+    """A copy whose tensors are in the host's memory, of what dicts and lists hold."""
+    if isinstance(state, dict):
+        return {key: on_host(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [on_host(value) for value in state]
+    return state.detach().to("cpu", copy=True) if torch.is_tensor(state) else state
 
 
 def resume_run(folder: Path, settings: dict, free: set[str]) -> dict | None:
-    """What `save_run` wrote, or None where no run was begun. UserError if that run had other settings than these; those
-    named in `free` may differ. The random numbers stay as they are: call `restore_rng` last."""
+    """What a RunSaver wrote, or None where no run was begun. UserError if that run had other settings than these; those
+    named in `free` may differ."""
     if not (folder / "trainer.pt").exists():
         return None
     state = read_file(folder / "trainer.pt")
@@ -247,13 +285,6 @@ def resume_run(folder: Path, settings: dict, free: set[str]) -> dict | None:
             f"{folder} holds a run with another {', '.join(sorted(changed))}: give another --out, or delete that folder"
         )
     return state
-
-
-def restore_rng(state: dict) -> None:
-    """Go on with the random numbers of a saved run."""
-    cpu, *cuda = state["rng"]
-    torch.set_rng_state(cpu)
-    torch.cuda.set_rng_state_all(cuda[: torch.cuda.device_count()])  # it may go on with fewer GPUs
 
 
 # ---- what statistics mean ---------------------------------------------------------------------------------------

@@ -1073,7 +1073,7 @@ def collect_missing(args, image_size: int) -> None:
     needed = []
     if args.alpha > 0 and not args.sim:
         needed.append(demos_path(args.task, "twin"))
-    if not args.real:
+    if args.alpha < 1 and not args.real:
         needed.append(demos_path(args.task, args.target))
     if not args.real and not args.real_val:
         needed.append(demos_path(args.task, args.target, held_out=True))

@@ -25,6 +25,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.gemma.modeling_gemma import GemmaConfig, GemmaDecoderLayer, GemmaRMSNorm, rotate_half
 from transformers.models.llama.modeling_llama import LlamaConfig, LlamaModel, LlamaRotaryEmbedding
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionConfig, SiglipVisionEmbeddings
@@ -118,6 +119,14 @@ def concat_obs(batches: list[dict]) -> dict:
         return torch.cat(values)
 
     return {key: join(key) for key in batches[0]}
+
+
+def pick_obs(observations: list[dict], rows: torch.Tensor) -> dict:
+    """`rows`, in rising order, of T observations of [b] each, counted as if these were concatenated. They are not, as
+    cached prefixes are large and would be there twice meanwhile."""
+    each = len(observations[0]["prompt"])
+    t = (rows // each).cpu()
+    return concat_obs([index_obs(observations[k], rows[t == k] % each) for k in t.unique().tolist()])
 
 
 def normalize(
@@ -300,8 +309,8 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def act(self, obs: dict, sample: bool) -> Decision:
-        """Choose what to do, without gradient. sample=True explores, and takes log-probability and value from the
-        computation that `evaluate` repeats, so that the ratio of the two is exactly 1 in any precision."""
+        """Choose what to do, without gradient. sample=True explores; log-probability and value are then what `evaluate`
+        says of the decision: pi0.5's to the bit, OpenVLA's, whose tokens come one at a time, but for rounding."""
 
     @abstractmethod
     def evaluate(self, obs: dict, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -374,15 +383,16 @@ class Policy(nn.Module, ABC):
         return checkpoints.sha256(self.source)
 
     @torch.no_grad()
-    def save(self, folder: str | Path, layout: str | None = None) -> None:
+    def save(self, folder: str | Path, layout: str | None = None, weights: dict | None = None) -> None:
         """Write a checkpoint folder, each file whole or not at all: all of this policy, or with `layout` "openpi",
         "lerobot" or "openvla" what that project's code loads (LoRA merged in). What RL adds is beside in
-        heads.safetensors, and the processor, tokenizer and code files that a checkpoint came with go along."""
+        heads.safetensors, and the processor, tokenizer and code files that a checkpoint came with go along. `weights`
+        is a state_dict to save in place of what the policy has now."""
         family = self.config["type"]
         layouts = checkpoints.LAYOUTS[family]
         if layout not in (None, *layouts):
             raise UserError(f"a {family} policy is saved as {' or '.join(layouts)}, not as {layout}")
-        state = merged_state(self) if layout else self.state_dict()
+        state = merged_state(self) if layout else weights or self.state_dict()
         stats = self.stats or {}
         checkpoints.write_checkpoint(Path(folder), layout, self.config, stats, state, self.tokenizer, self.source)
 
@@ -877,7 +887,7 @@ class OpenVLA(Policy):
         p = self.projector
         return p.fc3(F.gelu(p.fc2(F.gelu(p.fc1(torch.cat(features, -1))))))
 
-    def hidden(self, patches: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, cache: bool = False):
+    def hidden(self, patches: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, cache: Cache | None = None):
         """Llama on [BOS, patches, the rest of ids [B,T]] where mask [B,T] is True; padding lies before the prompt, so
         the ends of all rows are aligned. -> transformers' output (last hidden states after the final norm), mask."""
         model = self.language_model.model
@@ -888,11 +898,12 @@ class OpenVLA(Policy):
         for layer in model.layers:  # not while decoding: it would drop the cache
             layer.gradient_checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        return model(inputs_embeds=x, attention_mask=mask, position_ids=position, use_cache=cache), mask
+        return model(None, mask, position, cache, x, use_cache=cache is not None), mask  # by place: names have changed
 
     def action_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [...,width] -> float32 logits [...,256] of the action tokens."""
-        return F.linear(hidden, self.language_model.lm_head.weight[self.vocab - 256 : self.vocab]).float()
+        # In bfloat16 the log-probabilities would be off by 0.05, a quarter of what PPO clips at.
+        return F.linear(hidden.float(), self.language_model.lm_head.weight[self.vocab - 256 : self.vocab].float())
 
     def to_tokens(self, actions: torch.Tensor) -> torch.Tensor:
         """Normalised actions [...,7] -> token ids: 256 edges on [-1,1], the bin number counted from the end of V."""
@@ -956,32 +967,31 @@ class OpenVLA(Policy):
         """Decodes with the key-value cache, from the action tokens' softmax at config's `temperature`, or without
         sampling at its `eval_temperature`, 0 being greedy."""
         temperature = self.config["temperature" if sample else "eval_temperature"]
-        obs = {**obs, "patches": self.patches(obs)}
-        out, mask = self.hidden(obs["patches"], *self.prompt(obs), cache=True)
+        cache = DynamicCache()
+        out, mask = self.hidden(self.patches(obs), *self.prompt(obs), cache)
         value = self.value_head(out.last_hidden_state[:, -1].float()).squeeze(-1)
         tokens = []
+        logprob = torch.zeros_like(value)
         while len(tokens) < self.chunk * self.tokens_per_action:
             if tokens:
                 position = None
                 if mask is not None:
                     mask = F.pad(mask, (0, 1), value=1)
                     position = mask.sum(1, keepdim=True) - 1
-                past = dict(past_key_values=out.past_key_values, use_cache=True)
-                out = self.language_model.model(tokens[-1], attention_mask=mask, position_ids=position, **past)
+                out = self.language_model.model(tokens[-1], mask, position, cache, use_cache=True)
             logits = self.action_logits(out.last_hidden_state[:, -1])
             if temperature:
-                pick = torch.multinomial((logits / temperature).softmax(-1), 1)
+                logp = (logits / temperature).log_softmax(-1)
+                pick = torch.multinomial(logp.exp(), 1)
+                logprob += logp.gather(-1, pick)[:, 0] / self.chunk
             else:
                 pick = logits.argmax(-1, keepdim=True)
             tokens.append(self.vocab - 256 + pick)
         tokens = torch.cat(tokens, 1)
-        logprob = torch.zeros_like(value)
-        if sample:  # in bfloat16, decoding token by token gives log-probabilities that are off by about 1e-2
-            logprob, _, value = self.evaluate(obs, tokens)
         raw = self.to_actions(tokens).unflatten(1, (self.chunk, -1))
         gripper = (raw > 0.5).to(raw) * 2 - 1
         actions = torch.where(self.normalised_dims(raw), unnormalize(raw, *self.stat("action"), eps=0), gripper)
-        return Decision(actions.float(), tokens, logprob, value)
+        return Decision(actions.float(), tokens, logprob if sample else torch.zeros_like(value), value)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:

@@ -29,7 +29,7 @@ import envs
 import page
 from checkpoints import UserError
 from machines import AdamW
-from policy import apply_defaults, concat_obs, index_obs, load_policy
+from policy import apply_defaults, index_obs, load_policy, pick_obs
 
 # Options that nobody gave: what was found here, and what RLinf (RL-Co, pi0.5) and RL4VLA (LoRA) published at full size;
 # but for pi0.5's minibatch, a tenth of theirs (docs/policies.md).
@@ -140,8 +140,8 @@ def rollout(policy, twin, first_seed: int, decisions: int, groups: int = 1) -> d
     i in group i mod groups. Of several processes each has some of the groups.
 
     -> logprob, value, reward, truncated_value float32 [T,B]; terminated, truncated bool [T,B]; length int [T,B], of the
-    episode so far, in control steps; last_value [B], of what is seen at the end; all of them of all processes. obs and
-    latent of each of this process's groups (T*b rows, decision by decision). All on the policy's device.
+    episode so far, in control steps; last_value [B], of what is seen at the end; all of them of all processes. Of each
+    of this process's groups obs, T observations of b worlds, and latent (T*b rows). All on the policy's device.
     """
     own = machines.own(groups)
     rows = [slice(k, None, len(own)) for k in range(len(own))]  # this process's worlds that are in its k-th group
@@ -173,7 +173,7 @@ def rollout(policy, twin, first_seed: int, decisions: int, groups: int = 1) -> d
     columns = {key: torch.stack([step[key] for step in steps]).to(policy.device) for key in steps[0]}
     columns["last_value"] = interleave([policy.value(index_obs(obs, group)) for group in rows])
     columns = {key: machines.gather(column) for key, column in columns.items()}
-    return dict(columns, obs=[concat_obs(seen) for seen in observations], latent=[torch.cat(x) for x in latents])
+    return dict(columns, obs=observations, latent=[torch.cat(x) for x in latents])
 
 
 ACTED = ("actions", "logprob", "value")
@@ -238,14 +238,17 @@ def rlco_loss(policy, minibatch, real_batch, args):
     return ppo + args.beta * anchor, parts
 
 
-def update(policy, optimizer, experience: dict, real_batches, updates: int, warming_up: bool, seed: int, args) -> dict:
+def update(policy, optimizer, experience: dict, real_batches, updates: int, iteration: int, args) -> dict:
     """PPO's epochs over a rollout, with the anchor in each gradient step -> what to log of it.
 
     `experience` is what `rollout` returns, with its advantage and returns [T,B]. `updates` gradient steps were made
-    before this one: the real batches go on from there. `warming_up` trains the critic alone, without the anchor. The
-    update ends before the gradient step whose KL divergence exceeds args.target_kl. UserError if that is the first one,
-    or if a loss or a gradient is not finite. Micro-batch m is of group m of the worlds, and of the process that has it.
+    before this one: the real batches go on from there. The first args.critic_warmup iterations train the critic alone,
+    without the anchor. The update ends before the gradient step whose KL divergence exceeds args.target_kl. UserError
+    if that is the first one, or if a loss or a gradient is not finite. Micro-batch m is of group m of the worlds, and
+    of the process that has it.
     """
+    warming_up = iteration < args.critic_warmup
+    seed = envs.rl_seed(args.seed, iteration)
     advantage = experience["advantage"]
     columns = {key: experience[key] for key in ("logprob", "value", "returns")}
     columns["advantage"] = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -260,12 +263,12 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, warm
     machines.seed(seed)
     each = advantage.numel() // args.accumulate  # decisions of a group; all groups take them in the same order
     epochs = (torch.randperm(each).split(args.minibatch_size // args.accumulate) for _ in range(args.update_epochs))
-    for rows in [rows for epoch in epochs for rows in epoch]:
+    for rows in [rows.sort().values for epoch in epochs for rows in epoch]:
         optimizer.zero_grad()
         parts_of = []
         for m, group in zip(own, groups):
             machines.seed(seed, len(history), m)
-            minibatch = {k: index_obs(v, rows) if k == "obs" else v[rows] for k, v in group.items()}
+            minibatch = {k: pick_obs(v, rows) if k == "obs" else v[rows] for k, v in group.items()}
             anchored = args.beta and not warming_up
             real_batch = real_batches[(updates + len(history)) * args.accumulate + m] if anchored else None
             loss, parts = rlco_loss(policy, minibatch, real_batch, args)
@@ -283,15 +286,16 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, warm
         step["grad_norm"] = optimizer.clip(args.max_grad_norm)
         if not math.isfinite(step["grad_norm"] + step["ppo"] + step["anchor"]):
             raise UserError(
-                f"the gradient is {step['grad_norm']}, the loss {step['ppo']} + beta * {step['anchor']}. {args.out} "
-                f"keeps the last good checkpoint; begin again with a lower --lr and another --out"
+                f"iteration {iteration}: the gradient is {step['grad_norm']}, the loss {step['ppo']} + beta * "
+                f"{step['anchor']}. {args.out} keeps the last good checkpoint; begin again with a lower --lr and "
+                f"another --out"
             )
         optimizer.step()
         history.append(step)
     if not history:
         raise UserError(
-            f"the KL divergence exceeds --target-kl {args.target_kl} before the first step: acting and evaluating "
-            f"disagree; {args.out} keeps the last good checkpoint"
+            f"iteration {iteration}: the KL divergence exceeds --target-kl {args.target_kl} before the first step: "
+            f"acting and evaluating disagree; {args.out} keeps the last good checkpoint"
         )
     for key in history[0]:
         log[f"loss/{key}"] = float(np.mean([step[key] for step in history]))
@@ -332,6 +336,22 @@ def rollout_metrics(experience: dict, seconds: float) -> dict:
     }
 
 
+def make_worlds(args, image_size: int) -> tuple[envs.VecEnv, envs.VecEnv | None, envs.VecEnv | None]:
+    """Those that this process trains in; and for the first one those that it evaluates in, the twin and the target."""
+    processes = machines.size()
+    pictures = dict(image_size=image_size, render=args.render)
+    domains = [envs.random_twin(args.seed + i) if args.randomize else envs.TWIN for i in machines.own(args.num_envs)]
+    share = (machines.rank(), processes)
+    training = envs.VecEnv(args.task, domains, args.num_envs // processes, share=share, **pictures)
+    if machines.rank() > 0:
+        return training, None, None
+    # With as many worlds as one process has, whose policy sees the same batches.
+    worlds = args.eval_envs if args.randomize else args.num_envs
+    own = args.randomize or processes > 1
+    twin = envs.VecEnv(args.task, envs.TWIN, worlds, **pictures) if own else training
+    return training, twin, envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, **pictures)
+
+
 def main(args: Args):
     if args.policy == Args.policy and not Path(args.policy).exists():
         raise UserError(f"{args.policy}: no stage I checkpoint; `python train_sft.py` makes it")
@@ -356,7 +376,7 @@ def main(args: Args):
     real_batches = None
     if args.beta:
         real_batches = data.Mixture(real, args.anchor_batch_size // args.accumulate, policy.horizon, args.seed)
-    held_out_batch = data.Mixture(held_out, 256, policy.horizon, seed=0)[0]
+    held_out_batches = [data.Mixture(held_out, 32, policy.horizon, seed=0)[k] for k in range(8)]
 
     # resume a killed run, leave a finished one alone
     settings = checkpoints.run_settings(args) | {"weights of --policy": policy.sha256()}
@@ -375,22 +395,13 @@ def main(args: Args):
         del metrics[start:]  # a last validation, if more iterations are asked for now
         policy.load_state_dict(state["policy"], strict=False)  # what is frozen is --policy's
         optimizer.load_state_dict(state["optimizer"])
-        checkpoints.restore_rng(state)
         print(f"{args.out}: resuming at iteration {start}")
-    processes = machines.size()
-    pictures = dict(image_size=policy.image_size, render=args.render)
-    domains = [envs.random_twin(args.seed + i) if args.randomize else envs.TWIN for i in machines.own(args.num_envs)]
-    share = (machines.rank(), processes)
-    training = envs.VecEnv(args.task, domains, args.num_envs // processes, share=share, **pictures)
+    training, twin, target = make_worlds(args, policy.image_size)
     if chief:
         used = [real, held_out] if args.beta else [held_out]
         checkpoints.note_origin(args, start, device, settings["weights of --policy"], used)
         writer = page.start_log(args, settings, start)
-        # With as many worlds as one process has, whose policy sees the same batches.
-        worlds = args.eval_envs if args.randomize else args.num_envs
-        own = args.randomize or processes > 1
-        twin = envs.VecEnv(args.task, envs.TWIN, worlds, **pictures) if own else training
-        target = envs.VecEnv(args.task, envs.target_domain(args.target), args.eval_envs, **pictures)
+        saver = checkpoints.RunSaver(args.out, settings, policy)
     decisions = math.ceil(training.max_episode_steps / policy.chunk)  # a rollout holds the longest episode
     print(
         f"{args.policy}: {sum(p.numel() for p in actor):,} weights of the actor and "
@@ -404,7 +415,7 @@ def main(args: Args):
         if chief and (iteration % args.eval_every == 0 or iteration == args.iterations):
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/iteration_{iteration}.mp4"
-            log |= envs.validate(policy, worlds, args.eval_episodes, held_out_batch, video)
+            log |= envs.validate(policy, worlds, args.eval_episodes, held_out_batches, video)
             page.log_video(writer, video, iteration)
             # A checkpoint is chosen in the twin, which needs no robot; of equally good ones the later is kept.
             if log["eval/success_twin"] >= best:
@@ -413,17 +424,13 @@ def main(args: Args):
 
         if iteration < args.iterations:
             began = time.time()
-            seed = envs.rl_seed(args.seed, iteration)
-            experience = rollout(policy, training, seed, decisions, args.accumulate)
+            first_seed = envs.rl_seed(args.seed, iteration)
+            experience = rollout(policy, training, first_seed, decisions, args.accumulate)
             columns = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
             columns = [experience[key] for key in columns]
             experience["advantage"], experience["returns"] = gae(*columns, args.gamma, args.gae_lambda)
             log |= rollout_metrics(experience, seconds=time.time() - began)
-            warming_up = iteration < args.critic_warmup
-            try:
-                log |= update(policy, optimizer, experience, real_batches, updates, warming_up, seed, args)
-            except UserError as error:
-                raise UserError(f"iteration {iteration}: {error}") from None
+            log |= update(policy, optimizer, experience, real_batches, updates, iteration, args)
             updates += log["time/updates"]
             del experience  # before the next rollout: observations are large where they hold the prefix
             log["time/iteration_seconds"] = time.time() - began
@@ -442,13 +449,13 @@ def main(args: Args):
             writer.flush()
             checkpoints.write_file(args.out / "metrics.json", metrics)
         if (iteration + 1) % args.save_every == 0 or iteration >= args.iterations - 1:
-            state = dict(iteration=min(iteration + 1, args.iterations), updates=updates, best=best, metrics=metrics)
-            state["policy"] = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
-            state["optimizer"] = optimizer.state_dict()  # of all processes
+            moments = optimizer.state_dict()  # of all processes
             if chief:
-                policy.save(args.out / "last")
-                checkpoints.save_run(args.out, settings, **state)
+                done = min(iteration + 1, args.iterations)
+                saver.save(iteration=done, updates=updates, best=best, metrics=metrics, optimizer=moments)
 
+    if chief:
+        saver.close()
     machines.wait()  # the last checkpoint is there for all
     if not chief:
         return training.close()

@@ -135,7 +135,7 @@ def main(args: Args):
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     batches = data.Mixture(real, args.batch_size, policy.horizon, args.seed, sim=sim, alpha=args.alpha)
-    held_out_batch = data.Mixture(held_out, 256, policy.horizon, seed=0)[0]
+    held_out_batches = [data.Mixture(held_out, 32, policy.horizon, seed=0)[k] for k in range(8)]
     workers = args.workers
     if workers is None:  # decoding pictures is what takes time
         in_memory = all(isinstance(dataset.frames, np.ndarray) for dataset in trained_on)
@@ -155,15 +155,15 @@ def main(args: Args):
         if step == args.steps:
             print(f"{args.out}: done already, best success in the twin {best:.0%}; next: python train_rlco.py")
             return
-        policy.load_state_dict(state["policy"])
+        policy.load_state_dict(state["policy"], strict=False)  # what is frozen is --policy's
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
-        checkpoints.restore_rng(state)
         print(f"{args.out}: resuming at step {step}")
 
     if chief:
         # What was logged at `step` stays: the step was finished.
         writer = page.start_log(args, settings, step + 1)
+        saver = checkpoints.RunSaver(args.out, settings, policy)
         checkpoints.note_origin(args, step, device, policy.sha256(), [*trained_on, held_out])
         pictures = dict(image_size=policy.image_size, render=args.render)
         twin = envs.VecEnv(args.task, envs.TWIN, args.num_envs, **pictures)
@@ -214,7 +214,7 @@ def main(args: Args):
         if chief and step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/step_{step}.mp4"
-            log = envs.validate(policy, worlds, args.eval_episodes, held_out_batch, video)
+            log = envs.validate(policy, worlds, args.eval_episodes, held_out_batches, video)
             page.log_video(writer, video, step)
             for key, value in log.items():
                 writer.add_scalar(key, value, step)
@@ -223,14 +223,13 @@ def main(args: Args):
                 best = log["eval/success_twin"]
                 policy.save(args.out / "best")
         if step % args.save_every == 0 or step == args.steps:
-            state = dict(step=step, best=best, policy=policy.state_dict(), optimizer=optimizer.state_dict())
+            moments = optimizer.state_dict()  # of all processes
             if chief:
-                policy.save(args.out / "last")
                 writer.flush()
-                checkpoints.save_run(args.out, settings, **state, scheduler=scheduler.state_dict())
-    machines.wait()  # the last checkpoint is there for all
-    for opened in (bar, writer, twin, target) if chief else ():
+                saver.save(step=step, best=best, optimizer=moments, scheduler=scheduler.state_dict())
+    for opened in (saver, bar, writer, twin, target) if chief else ():
         opened.close()
+    machines.wait()  # the last checkpoint is there for all
     print(
         f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
         f"tensorboard --logdir {args.out}; next: python train_rlco.py"

@@ -126,12 +126,22 @@ def test_a_run_goes_on_with_its_settings_only(tmp_path):
     settings = C.run_settings(Args())
     assert settings == {"lr": 0.1, "out": "x"}
     assert C.resume_run(tmp_path, settings, free=set()) is None
-    C.save_run(tmp_path, settings, step=3, weights={"w": torch.ones(2)})
-    expected = torch.rand(4)
+    policy = make("tiny-pi05")
+    policy.set_trainable("expert")
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    saver = C.RunSaver(tmp_path, settings, policy)
+    saver.save(step=3, moments=[{"w": policy.action_in_proj.weight}])
+    with torch.no_grad():
+        policy.action_in_proj.weight += 1  # training goes on while the save is being written
+    saver.close()
+    assert same(P.load_policy(tmp_path / "last").state_dict(), before)
     state = C.resume_run(tmp_path, C.run_settings(Args(out=Path("y"))) | {"debug": False}, free={"out", "debug"})
-    assert state["step"] == 3 and torch.equal(state["weights"]["w"], torch.ones(2))
-    C.restore_rng(state)
-    assert torch.equal(torch.rand(4), expected)
+    assert state["step"] == 3 and torch.equal(state["moments"][0]["w"], before["action_in_proj.weight"])
+    assert state["policy"].keys() == {name for name, p in policy.named_parameters() if p.requires_grad}
+    saver = C.RunSaver(tmp_path / "trainer.pt", settings, policy)  # a folder that cannot be
+    saver.save(step=4)
+    with pytest.raises(OSError):
+        saver.close()
     with pytest.raises(UserError, match="holds a run with another lr, out: give another --out"):
         C.resume_run(tmp_path, C.run_settings(Args(lr=0.2, out=Path("y"))), free=set())
     (tmp_path / "trainer.pt").write_bytes(b"half")

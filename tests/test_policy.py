@@ -367,15 +367,17 @@ def test_openvla_chunk_logprob_is_the_mean_of_its_actions():
 @pytest.mark.parametrize("train", ["all", "part", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ratio_is_one_after_acting(name, train, dtype):
-    """Exactly: act takes its log-probability from the computation that evaluate repeats. In bfloat16 a decoder's own
-    log-probabilities would be off by about 1e-2."""
+    """Of pi0.5 exactly, in any precision: act repeats evaluate's computation. OpenVLA decodes token by token, which
+    rounds differently; evaluating once more would cost as much as acting."""
     policy = make(name, dtype=dtype)
     policy.set_trainable(policy.PART if train == "part" else train)
     for prompts in (MIXED, [PROMPT] * 3):
         obs = policy.encode(make_obs(policy, prompts))
         decision = policy.act(obs, sample=True)
         logprob, entropy, value = policy.evaluate(obs, decision.latent)
-        assert torch.equal(logprob, decision.logprob) and torch.equal(value, decision.value)
+        for acted, evaluated in ((decision.logprob, logprob), (decision.value, value)):
+            off = (acted - evaluated).abs().max()
+            assert off <= {torch.float32: 2e-5, torch.bfloat16: 0.01}[dtype] if name == "tiny-openvla" else off == 0
         assert torch.isfinite(entropy).all() and logprob.dtype == torch.float32
         assert decision.actions.shape == (3, policy.chunk, 7) and logprob.shape == value.shape == (3,)
         torch.testing.assert_close(policy.value(obs), value, rtol=0.02, atol=0.02)
