@@ -1696,8 +1696,7 @@ def write_video(path: Path, columns: list[list[np.ndarray]], fps: int = CONTROL_
 def validate(policy, worlds: dict[str, VecEnv], episodes: int, held_out: list[dict], video: Path) -> dict[str, float]:
     """For curves and the choice of a checkpoint: success and length without exploration on the validation seeds in
     each of `worlds` (by name), the imitation loss on `held_out` (batches of real demonstrations), and a video of the
-    first episode in all worlds, side by side, whose name says in the log when this was. The policy's noise is the same
-    every time, and the caller's random numbers stay as they are."""
+    first episode in all worlds, side by side, whose name says in the log when this was."""
 
     def act(obs):
         return policy.act(obs, sample=False).actions.cpu()
@@ -1705,14 +1704,14 @@ def validate(policy, worlds: dict[str, VecEnv], episodes: int, held_out: list[di
     seeds = range(SEEDS["validation"], SEEDS["validation"] + episodes)
     log = {}
     columns = []
+    for name, world in worlds.items():
+        played = world.play(act, seeds, f"  validation, {name}")
+        log[f"eval/success_{name}"] = float(played["success"].mean())
+        log[f"eval/length_{name}"] = float(played["length"].mean())
+        columns.append(world.play(act, seeds[:1], video=True)["frames"][0])
     with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(0)  # the same flow times and noise every time
         log["eval/real_loss"] = float(np.mean([policy.sft_loss(batch).item() for batch in held_out]))
-        for name, world in worlds.items():
-            played = world.play(act, seeds, f"  validation, {name}")
-            log[f"eval/success_{name}"] = float(played["success"].mean())
-            log[f"eval/length_{name}"] = float(played["length"].mean())
-            columns.append(world.play(act, seeds[:1], video=True)["frames"][0])
     write_video(video, columns)
     success = ", ".join(f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds)
     tqdm.write(f"{video.stem.replace('_', ' ')}: success {success}; held-out real loss {log['eval/real_loss']:.3f}")

@@ -38,6 +38,7 @@ import tyro
 from tqdm import tqdm
 
 import envs
+import machines
 from checkpoints import UserError, claim, one_line_errors, provenance, read_file, robot_dims, write_file
 from data import in_order, worker_pool
 from page import film, html_table, learning_curves, write_page
@@ -286,28 +287,38 @@ def standin(args: StandinArgs) -> None:
         raise UserError(f"no domain '{args.target}': --target is one of {', '.join(envs.DOMAINS)} (envs.DOMAINS)")
     if min(args.episodes, args.num_envs) < 1:
         raise UserError("--episodes and --num-envs are at least 1")
-    policies = load_policies(args.policies, args.device)
+    device = machines.start(args.device)
+    chief = machines.rank() == 0  # it alone writes
+    policies = load_policies(args.policies, "cpu")
     weights = {name: policy.sha256() for name, policy in policies.items()}
-    repeat = dict(weights=weights, **provenance(args, str(find_device(args.device))))
+    repeat = dict(weights=weights, **provenance(args, str(device)))
     seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
     domains = list(dict.fromkeys(["twin", args.target]))
-    claim(args.out)
+    if chief:
+        claim(args.out)
+    saved = machines.gather_objects(finished(args.out / "results.json", repeat))[0]
 
-    recorded = {}  # by domain and checkpoint, the states of each episode
-    saved = finished(args.out / "results.json", repeat)
-    results = saved["results"] if saved else []
+    cells = [] if saved else list(itertools.product(domains, policies))
+    played = {}  # by cell
     worlds = {}  # by domain and size of the pictures
     with ExitStack() as opened:
-        for domain, name in [] if saved else itertools.product(domains, policies):
+        for domain, name in [cells[k] for k in machines.own(len(cells))]:
             place = (domain, policies[name].image_size)
             if place not in worlds:
                 worlds[place] = opened.enter_context(closing(make_world(args, *place)))
-            played = worlds[place].play(greedy(policies[name]), seeds, f"{name}, {domain}")
-            success = played["success"].tolist()
-            length = played["length"].tolist()
-            recorded[domain, name] = dict(zip(seeds, played["snapshots"]))
-            cell = summary(name, domain, args.task, success, length)
-            results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
+            policy = policies[name].to(device)  # one at a time: several large ones would not fit
+            played[domain, name] = worlds[place].play(greedy(policy), seeds, f"{name}, {domain}")
+            policy.to("cpu")
+    for part in machines.gather_objects(played):
+        played |= part
+    if not chief:
+        return
+    results = saved["results"] if saved else []
+    for domain, name in cells:
+        success = played[domain, name]["success"].tolist()
+        length = played[domain, name]["length"].tolist()
+        cell = summary(name, domain, args.task, success, length)
+        results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
     outcomes = {domain: {} for domain in domains}
     ends = {}
     for r in results:
@@ -321,13 +332,14 @@ def standin(args: StandinArgs) -> None:
     if not saved:
         write_file(args.out / "results.json", content)
         films = []
-        for domain, name in recorded:
+        for domain, name in cells:
             for seed in seeds:  # a video of another evaluation is none of this one
                 video_path(args.out, name, domain, seed, outcomes[domain][name][seed]).unlink(missing_ok=True)
         for seed in worth_seeing(outcomes[args.target], args.videos):
-            for (domain, name), by_seed in recorded.items():
+            for domain, name in cells:
                 path = video_path(args.out, name, domain, seed, outcomes[domain][name][seed])
-                episode = (seed, by_seed[seed], policies[name].chunk, args.render, policies[name].image_size)
+                states = played[domain, name]["snapshots"][seeds.index(seed)]
+                episode = (seed, states, policies[name].chunk, args.render, policies[name].image_size)
                 films.append((path, args.task, envs.DOMAINS[domain], args.variation, *episode))
         write_evaluation(args, what, results, pairs, ends)  # the figures, if drawing is interrupted
         if films:

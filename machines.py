@@ -62,7 +62,7 @@ def say_if_slow(seconds: float, ways: str) -> None:
     tqdm.write(f"about {seconds / 3600:.1f} hours to go. What helps: {'; '.join(help)}")
 
 
-def start(name: str, accumulate: int) -> torch.device:
+def start(name: str, accumulate: int | None = None) -> torch.device:
     """Join the processes that torchrun started, if it did -> the device. Only process 0 prints from now on. UserError
     if the micro-batches of a gradient step cannot be shared out evenly."""
     device = find_device(name)
@@ -75,7 +75,7 @@ def start(name: str, accumulate: int) -> torch.device:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    if accumulate % size():
+    if accumulate is not None and accumulate % size():
         raise UserError(
             f"--accumulate {accumulate} counts the micro-batches over all {size()} processes: give a multiple of that"
         )
@@ -109,6 +109,14 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(raw) for _ in range(size())]
     dist.all_gather(parts, raw)
     return torch.stack([part.view(x.dtype) for part in parts], -1).flatten(-2)
+
+
+def gather_objects(thing) -> list:
+    """What each process has, at all of them."""
+    things = [thing] * size()
+    if size() > 1:
+        dist.all_gather_object(things, thing)
+    return things
 
 
 def seed(*key: int) -> None:

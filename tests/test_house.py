@@ -70,4 +70,4 @@ def test_the_readers_path_is_as_long_as_readme_says():
             lines = node.end_lineno - node.lineno + 1
         assert lines == pytest.approx(int(said), rel=0.1), f"{room}.{name}"
         total += lines
-    assert len(path) == 6 and total <= 1340  # 1,200 for the method on one machine, the rest for many
+    assert len(path) == 6 and total <= 1345  # 1,200 for the method on one machine, the rest for many

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_rlco import STATS
 
 import data
 from machines import share_out
+from policy import load_policy
 
 ROOT = Path(__file__).parent.parent
 # The simulator's place is taken by noise that depends on the world and the time alone; in the second decision of three
@@ -112,6 +114,19 @@ def test_any_number_of_processes_compute_the_same_bit_for_bit(demos, tmp_path):
         (weights, metrics), (others, other_metrics) = outcome(tmp_path / "12", run), outcome(tmp_path / "21", run)
         assert weights.keys() == others.keys() and metrics == other_metrics, run
         assert all(torch.equal(weights[name], others[name]) for name in weights), run
+
+
+def test_two_processes_evaluate_as_one(tmp_path):
+    for name in ("tiny-pi05", "tiny-openvla"):
+        load_policy(name, stats=STATS).save(tmp_path / name)
+    options = "standin --policies tiny-pi05/ tiny-openvla/ --episodes 2 --num-envs 2 --videos 0".split()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    outcomes = []
+    for out, launch in (("one", []), ("two", torchrun)):
+        command = [sys.executable, *launch, str(ROOT / "eval_real.py"), *options, "--out", out]
+        subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        outcomes.append(json.loads((tmp_path / out / "results.json").read_text())["results"])
+    assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 4
 
 
 def test_weights_are_shared_out_evenly(monkeypatch):
