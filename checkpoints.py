@@ -244,8 +244,8 @@ class RunSaver:
     def save(self, **state) -> None:
         """folder/last, the policy as it is now, and folder/trainer.pt, from which `resume_run` goes on: `state` (what
         torch saves) and under "policy" the weights that train."""
-        weights = on_host(self.policy.state_dict())
-        state = on_host(state)
+        weights = on_host(self.policy.state_dict(), {})
+        state = on_host(state, {})
         trained = [name for name, weight in self.policy.named_parameters() if weight.requires_grad]
         state["policy"] = {name: weights[name] for name in trained}
         self.wait()
@@ -264,13 +264,19 @@ class RunSaver:
         self.thread.shutdown()
 
 
-def on_host(state):
-    """A copy whose tensors are in the host's memory, of what dicts and lists hold."""
+def on_host(state, copies: dict):
+    """A copy whose tensors are in the host's memory, of what dicts and lists hold. `copies` remembers those that were
+    made: what is one tensor under two names, as pi0.5's word table, stays one."""
     if isinstance(state, dict):
-        return {key: on_host(value) for key, value in state.items()}
+        return {key: on_host(value, copies) for key, value in state.items()}
     if isinstance(state, list):
-        return [on_host(value) for value in state]
-    return state.detach().to("cpu", copy=True) if torch.is_tensor(state) else state
+        return [on_host(value, copies) for value in state]
+    if not torch.is_tensor(state):
+        return state
+    place = (state.data_ptr(), state.shape)
+    if place not in copies:
+        copies[place] = state.detach().to("cpu", copy=True)
+    return copies[place]
 
 
 def resume_run(folder: Path, settings: dict, free: set[str]) -> dict | None:
