@@ -3,6 +3,7 @@
 python -m results.bench env       # control steps per second beside stock ManiSkill
 python -m results.bench busy      # stage I beside a program that keeps a core busy
 python -m results.bench update    # pi0.5's PPO update beside the public code's way of computing it
+python -m results.bench memory    # what stage II takes of a GPU's memory, counted on any machine
 """
 
 import machines  # noqa: F401, isort: skip  # first: it sets how torch's threads wait for each other
@@ -296,11 +297,115 @@ def bench_update(args: Update) -> None:
         print(f"update of {train}: {ratio:.1f} times the published way's")
 
 
+@dataclass
+class Memory:
+    """What stage II keeps in each GPU's memory. Nothing of full size is made: weights are counted on the meta device;
+    what autograd keeps of one observation, and its cached prefix, are measured at full width with few layers, and grow
+    with the number of layers and observations."""
+
+    policy: str = "pi05"
+    """A preset."""
+    train: str = "expert"
+    """As in train_rlco.py, and so are the others."""
+    bf16: bool = True
+    gradient_checkpointing: bool = True
+    processes: int = 1
+    """GPUs."""
+    num_envs: int = 128
+    minibatch_size: int = 256
+    anchor_batch_size: int = 64
+    accumulate: int = 8
+    """Micro-batches of a gradient step over all processes."""
+
+
+def with_depth(preset: str, vision: int, language: int) -> dict:
+    """The overrides that leave a policy so many layers of its vision towers and of its language model (and expert)."""
+    depths = {
+        "pi05": {
+            "vision": {"num_hidden_layers": vision},
+            "vlm": {"depth": language},
+            "action_expert": {"depth": language},
+        },
+        "openvla": {"dino": {"depth": vision}, "siglip": {"depth": vision}, "llm": {"num_hidden_layers": language}},
+    }
+    config = PRESETS[preset]
+    return {part: {**config[part], **depth} for part, depth in depths[config["type"]].items()}
+
+
+def kept_bytes(args: Memory, vision: int, language: int) -> np.ndarray:
+    """Of a policy with so many layers and one observation: what autograd keeps of `evaluate` and of `sft_loss`, and
+    what `encode` keeps, in bytes."""
+    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    stats = {"observation.state": one, "action": one}
+    dtype = torch.bfloat16 if args.bf16 else None
+    policy = load_policy(args.policy, stats, dtype, "meta", **with_depth(args.policy, vision, language))
+    policy.to_empty(device="cpu")
+    for tensor in (*policy.parameters(), *policy.buffers()):
+        tensor.data.zero_()  # what is kept does not depend on the values, and random ones take a minute
+    policy.set_trainable(args.train)
+    policy.gradient_checkpointing = args.gradient_checkpointing
+    size = policy.image_size
+    obs = dict(image=torch.zeros(1, size, size, 3, dtype=torch.uint8), state=torch.zeros(1, 7))
+    obs["prompt"] = ["push the cube to the target"]
+    action = dict(action=torch.zeros(1, policy.horizon, 7), action_is_pad=torch.zeros(1, policy.horizon).bool())
+    latent = policy.act(obs, sample=True).latent
+    weights = {weight.untyped_storage().data_ptr() for weight in policy.parameters()}
+
+    def kept(loss) -> int:
+        storages = {}
+
+        def count(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage  # alive until the end, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            graph = loss()
+        assert graph is not None
+        return sum(storage.nbytes() for storage in storages.values())
+
+    encoded = policy.encode(obs)
+    cached = [value for key, value in encoded.items() if torch.is_tensor(value)]
+    evaluated = kept(lambda: policy.evaluate(encoded, latent))
+    imitated = kept(lambda: policy.sft_loss({**obs, **action}))
+    return np.array([evaluated, imitated, sum(value.nbytes for value in cached)], float)
+
+
+def bench_memory(args: Memory) -> None:
+    config = PRESETS[args.policy]
+    depths = {"pi05": ("vision", "num_hidden_layers", "vlm", "depth")}
+    depths["openvla"] = ("siglip", "depth", "llm", "num_hidden_layers")
+    vision, vision_depth, language, language_depth = depths[config["type"]]
+    few = kept_bytes(args, 2, 2)
+    a_vision_layer = kept_bytes(args, 3, 2) - few
+    a_language_layer = kept_bytes(args, 2, 3) - few
+    kept = few + (config[vision][vision_depth] - 2) * a_vision_layer
+    evaluated, imitated, cached = kept + (config[language][language_depth] - 2) * a_language_layer
+    if args.gradient_checkpointing:  # while one layer goes back, it is as if it had none
+        whole = Memory(**{**vars(args), "gradient_checkpointing": False})
+        layer = max(kept_bytes(whole, 3, 2)[0], kept_bytes(whole, 2, 3)[0]) - kept_bytes(whole, 2, 2)[0]
+        evaluated += layer
+
+    policy = load_policy(args.policy, dtype=torch.bfloat16 if args.bf16 else None, device="meta")
+    policy.set_trainable(args.train)
+    weights = list(policy.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    half = sum(weight.numel() for weight in trained if weight.dtype != torch.float32)
+    decisions = -(-max(task.max_episode_steps for task in TASKS.values()) // policy.chunk)
+    parts = {
+        "weights": sum(weight.nbytes for weight in weights),
+        "copies in float32": 4 * half / args.processes,
+        "Adam's moments": 8 * sum(weight.numel() for weight in trained) / args.processes,
+        "gradients, in float32": 4 * sum(weight.numel() for weight in trained),
+        "activations": (args.minibatch_size * evaluated + args.anchor_batch_size * imitated) / args.accumulate,
+        "observations of a rollout": args.num_envs / args.processes * decisions * cached,
+    }
+    for name, size in parts.items():
+        print(f"{name:26} {size / 1e9:7.2f} GB")
+    print(f"{'together':26} {sum(parts.values()) / 1e9:7.2f} GB on each of {args.processes} GPUs")
+
+
 if __name__ == "__main__":
-    args = tyro.extras.subcommand_cli_from_dict(dict(env=Env, busy=Busy, update=Update))
-    if isinstance(args, Env):
-        bench_env(args)
-    elif isinstance(args, Busy):
-        bench_busy(args)
-    else:
-        bench_update(args)
+    args = tyro.extras.subcommand_cli_from_dict(dict(env=Env, busy=Busy, update=Update, memory=Memory))
+    {Env: bench_env, Busy: bench_busy, Update: bench_update, Memory: bench_memory}[type(args)](args)
