@@ -967,8 +967,8 @@ def test_collect_domains_has_all_tasks_each_as_a_new_world_shows_it(tmp_path):
 def test_a_simulator_that_dies_is_one_line_and_leaves_no_dataset(tmp_path):
     import envs
 
-    with data.worker_pool(workers=1) as pool:
+    died = pytest.raises(UserError, match="a simulator process died.*fewer --workers")
+    with died, data.worker_pool(workers=1) as pool:
         pool.submit(os._exit, 1)  # as the kernel ends a process when memory runs out
-        with pytest.raises(UserError, match="a simulator process died.*fewer --workers"):
-            data.collect_dataset("push_cube", envs.TWIN, 2, tmp_path / "demos", first_seed=3, pool=pool)
+        data.collect_dataset("push_cube", envs.TWIN, 2, tmp_path / "demos", first_seed=3, pool=pool)
     assert not list(tmp_path.iterdir())
