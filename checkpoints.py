@@ -179,8 +179,10 @@ def read_file(path: str | Path) -> Any:
                 raise ValueError("no JSON object")
             return content
         if path.suffix == ".pt":
-            if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch believes what it finds
-                raise ValueError("its checksums are wrong")
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if archive.testzip():  # torch believes what it finds
+                        raise ValueError("its checksums are wrong")
             return torch.load(path, "cpu", mmap=True, weights_only=True)
         return load_file(path)
     except Exception as error:  # the libraries raise nothing narrower

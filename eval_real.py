@@ -11,7 +11,7 @@ disjoint from those of training, of the demonstrations and of the validation dur
 the same numbers.
 """
 
-from machines import find_device  # isort: skip  # first: it sets how torch's threads wait for each other
+import machines  # isort: skip  # first: it sets how torch's threads wait for each other
 import ctypes
 import hmac
 import html
@@ -38,7 +38,6 @@ import tyro
 from tqdm import tqdm
 
 import envs
-import machines
 from checkpoints import UserError, claim, one_line_errors, provenance, read_file, robot_dims, write_file
 from data import in_order, worker_pool
 from page import film, html_table, learning_curves, write_page
@@ -194,7 +193,7 @@ def load_policies(names: tuple[str, ...], device: str) -> dict[str, Policy]:
             f"{', '.join(missing)}: no such checkpoint; `python train_sft.py` makes runs/sft/best, then "
             f"`python train_rlco.py` runs/rlco/best"
         )
-    return {name: load_policy(name, device=find_device(device)) for name in names}
+    return {name: load_policy(name, device=machines.find_device(device)) for name in names}
 
 
 def video_path(out: Path, policy: str, domain: str, seed: int, success: bool) -> Path:
@@ -457,7 +456,8 @@ class Trials:
     def add(self, kind: str, **trial) -> None:
         self.saved[kind].append(trial)
         found = dict(results=self.results(), differences=self.differences())
-        write_file(self.path, dict(self.saved, **found, **provenance(self.args, str(find_device(self.args.device)))))
+        origin = provenance(self.args, str(machines.find_device(self.args.device)))
+        write_file(self.path, dict(self.saved, **found, **origin))
 
     def differences(self) -> list[dict]:
         """Every two checkpoints compared on the initial states that both have had."""

@@ -983,7 +983,8 @@ class OpenVLA(Policy):
             if temperature:
                 logp = (logits / temperature).log_softmax(-1)
                 pick = torch.multinomial(logp.exp(), 1)
-                logprob += logp.gather(-1, pick)[:, 0] / self.chunk
+                if sample:
+                    logprob += logp.gather(-1, pick)[:, 0] / self.chunk
             else:
                 pick = logits.argmax(-1, keepdim=True)
             tokens.append(self.vocab - 256 + pick)
@@ -991,7 +992,7 @@ class OpenVLA(Policy):
         raw = self.to_actions(tokens).unflatten(1, (self.chunk, -1))
         gripper = (raw > 0.5).to(raw) * 2 - 1
         actions = torch.where(self.normalised_dims(raw), unnormalize(raw, *self.stat("action"), eps=0), gripper)
-        return Decision(actions.float(), tokens, logprob if sample else torch.zeros_like(value), value)
+        return Decision(actions.float(), tokens, logprob, value)
 
     @torch.no_grad()
     def value(self, obs: dict) -> torch.Tensor:

@@ -259,18 +259,30 @@ class AsPublished(Pi05):
         return (weights @ v).transpose(1, 2).flatten(2)
 
 
+UNIT = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+STATS = {"observation.state": UNIT, "action": UNIT}
+# Where a preset says how many layers its vision towers have, and its language model (with pi0.5's expert).
+LAYERS = {
+    "pi05": (dict(vision="num_hidden_layers"), dict(vlm="depth", action_expert="depth")),
+    "openvla": (dict(dino="depth", siglip="depth"), dict(llm="num_hidden_layers")),
+}
+
+
+def with_layers(preset: str, vision: int, language: int) -> dict:
+    """The overrides that leave a preset so many layers."""
+    config = PRESETS[preset]
+    overrides = {}
+    for parts, layers in zip(LAYERS[config["type"]], (vision, language)):
+        overrides |= {part: {**config[part], key: layers} for part, key in parts.items()}
+    return overrides
+
+
 def bench_update(args: Update) -> None:
-    sizes = {part: dict(PRESETS["pi05"][part]) for part in ("vision", "vlm", "action_expert")}
-    if args.depth:
-        sizes["vision"]["num_hidden_layers"] = args.depth
-        sizes["vlm"]["depth"] = args.depth
-        sizes["action_expert"]["depth"] = args.depth
-    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
-    dtype = torch.bfloat16 if args.bf16 else None
-    policy = load_policy("pi05", {"observation.state": one, "action": one}, dtype, args.device, **sizes)
-    image_size = sizes["vision"]["image_size"]
+    layers = with_layers("pi05", args.depth, args.depth) if args.depth else {}
+    policy = load_policy("pi05", STATS, torch.bfloat16 if args.bf16 else None, args.device, **layers)
+    size = policy.image_size
     obs = {
-        "image": torch.randint(0, 256, (args.batch, image_size, image_size, 3), dtype=torch.uint8),
+        "image": torch.randint(0, 256, (args.batch, size, size, 3), dtype=torch.uint8),
         "state": torch.rand(args.batch, 7) * 2 - 1,
         "prompt": ["push the cube to the target"] * args.batch,
     }
@@ -318,27 +330,11 @@ class Memory:
     """Micro-batches of a gradient step over all processes."""
 
 
-def with_depth(preset: str, vision: int, language: int) -> dict:
-    """The overrides that leave a policy so many layers of its vision towers and of its language model (and expert)."""
-    depths = {
-        "pi05": {
-            "vision": {"num_hidden_layers": vision},
-            "vlm": {"depth": language},
-            "action_expert": {"depth": language},
-        },
-        "openvla": {"dino": {"depth": vision}, "siglip": {"depth": vision}, "llm": {"num_hidden_layers": language}},
-    }
-    config = PRESETS[preset]
-    return {part: {**config[part], **depth} for part, depth in depths[config["type"]].items()}
-
-
 def kept_bytes(args: Memory, vision: int, language: int) -> np.ndarray:
     """Of a policy with so many layers and one observation: what autograd keeps of `evaluate` and of `sft_loss`, and
     what `encode` keeps, in bytes."""
-    one = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
-    stats = {"observation.state": one, "action": one}
-    dtype = torch.bfloat16 if args.bf16 else None
-    policy = load_policy(args.policy, stats, dtype, "meta", **with_depth(args.policy, vision, language))
+    layers = with_layers(args.policy, vision, language)
+    policy = load_policy(args.policy, STATS, torch.bfloat16 if args.bf16 else None, "meta", **layers)
     policy.to_empty(device="cpu")
     for tensor in (*policy.parameters(), *policy.buffers()):
         tensor.data.zero_()  # what is kept does not depend on the values, and random ones take a minute
@@ -361,8 +357,7 @@ def kept_bytes(args: Memory, vision: int, language: int) -> np.ndarray:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            graph = loss()
-        assert graph is not None
+            loss()
         return sum(storage.nbytes() for storage in storages.values())
 
     encoded = policy.encode(obs)
@@ -374,14 +369,12 @@ def kept_bytes(args: Memory, vision: int, language: int) -> np.ndarray:
 
 def bench_memory(args: Memory) -> None:
     config = PRESETS[args.policy]
-    depths = {"pi05": ("vision", "num_hidden_layers", "vlm", "depth")}
-    depths["openvla"] = ("siglip", "depth", "llm", "num_hidden_layers")
-    vision, vision_depth, language, language_depth = depths[config["type"]]
+    vision, language = (max(config[part][key] for part, key in parts.items()) for parts in LAYERS[config["type"]])
     few = kept_bytes(args, 2, 2)
     a_vision_layer = kept_bytes(args, 3, 2) - few
     a_language_layer = kept_bytes(args, 2, 3) - few
-    kept = few + (config[vision][vision_depth] - 2) * a_vision_layer
-    evaluated, imitated, cached = kept + (config[language][language_depth] - 2) * a_language_layer
+    kept = few + (vision - 2) * a_vision_layer
+    evaluated, imitated, cached = kept + (language - 2) * a_language_layer
     if args.gradient_checkpointing:  # while one layer goes back, it is as if it had none
         whole = Memory(**{**vars(args), "gradient_checkpointing": False})
         layer = max(kept_bytes(whole, 3, 2)[0], kept_bytes(whole, 2, 3)[0]) - kept_bytes(whole, 2, 2)[0]

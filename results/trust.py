@@ -30,7 +30,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import cv2
 import msgpack
@@ -92,13 +93,18 @@ class Kills:
     """Of the moments."""
 
 
+def write_output_to(file: str | Path, mode: str) -> None:
+    """Let this process, and those that it starts, print into a file from now on."""
+    with open(file, mode) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+
+
 def run_program(command: str, folder: Path) -> None:
     """What `python COMMAND` does in `folder`, as the head of a process group of its own."""
     os.setsid()
     os.chdir(folder)
-    with open("output.txt", "w") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    write_output_to("output.txt", "w")
     script, *options = command.split()
     sys.argv = [script, *options]
     if script == "torchrun":
@@ -380,25 +386,27 @@ def begin_anew(*_, **__):
     raise Anew
 
 
-def patched_evaluation():
-    """eval_real.py with two policies that nobody has to load, and no simulator."""
+@contextmanager
+def patched_evaluation() -> Iterator[ModuleType]:
+    """eval_real.py with two policies that nobody has to load, and no simulator. It is as it was afterwards."""
     import eval_real
 
-    eval_real.load_policies = lambda names, _: {
-        name: SimpleNamespace(sha256=lambda: "weights", image_size=64) for name in names
-    }
-    eval_real.provenance = lambda *_: dict(commit="abc")
-    eval_real.make_world = begin_anew
-    return eval_real
+    def policies(names, _):
+        return {name: SimpleNamespace(sha256=lambda: "weights", image_size=64) for name in names}
+
+    replaced = dict(load_policies=policies, provenance=lambda *_: dict(commit="abc"), make_world=begin_anew)
+    with patch.multiple(eval_real, **replaced), patch("envs.make", begin_anew):
+        yield eval_real
 
 
 def make_evaluation(folder: Path, _) -> None:
-    evaluation = patched_evaluation()
+    from eval_real import summary
+
     seeds = range(4)
     rows = []
     for domain in ("twin", "standin"):
         for name, success in (("before", [False, True, False, True]), ("after", [True, True, True, False])):
-            cell = evaluation.summary(name, domain, "push_cube", success, [56, 40, 56, 31])
+            cell = summary(name, domain, "push_cube", success, [56, 40, 56, 31])
             rows.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=[56, 40, 56, 31]))
     weights = dict(before="weights", after="weights")
     checkpoints.write_file(
@@ -407,30 +415,25 @@ def make_evaluation(folder: Path, _) -> None:
 
 
 def read_evaluation(folder: Path) -> None:
-    evaluation = patched_evaluation()
-    args = evaluation.StandinArgs(policies=("before", "after"), episodes=4, videos=0, out=folder)
-    with suppress(Anew), redirect_stdout(io.StringIO()) as printed:
-        evaluation.standin(args)
+    with patched_evaluation() as evaluation, suppress(Anew), redirect_stdout(io.StringIO()) as printed:
+        evaluation.standin(evaluation.StandinArgs(policies=("before", "after"), episodes=4, videos=0, out=folder))
         assert "| 75 % [30, 95] of 4, 46 |" in printed.getvalue(), "read wrong"
     checkpoints.CLAIMS.pop().close()
 
 
 def make_trials(folder: Path, _) -> None:
-    evaluation = patched_evaluation()
-    args = evaluation.FrankaArgs(policies=("before", "after"), trials=3, out=folder)
-    trials = evaluation.Trials(args, evaluation.load_policies(args.policies, ""))
-    for seed, name in trials.missing()[:4]:
-        trials.add("trials", policy=name, seed=seed, success=name == "after", steps=40, late=1, decisions=10)
-    trials.add("void", policy="before", seed=seed, why="aborted")
+    with patched_evaluation() as evaluation:
+        args = evaluation.FrankaArgs(policies=("before", "after"), trials=3, out=folder)
+        trials = evaluation.Trials(args, evaluation.load_policies(args.policies, ""))
+        for seed, name in trials.missing()[:4]:
+            trials.add("trials", policy=name, seed=seed, success=name == "after", steps=40, late=1, decisions=10)
+        trials.add("void", policy="before", seed=seed, why="aborted")
     checkpoints.CLAIMS.pop().close()
 
 
 def read_trials(folder: Path) -> None:
-    evaluation = patched_evaluation()
-    evaluation.envs.make = begin_anew
-    args = evaluation.FrankaArgs(policies=("before", "after"), trials=2, out=folder)
-    with suppress(Anew), redirect_stdout(io.StringIO()):
-        evaluation.franka(args)
+    with patched_evaluation() as evaluation, suppress(Anew), redirect_stdout(io.StringIO()):
+        evaluation.franka(evaluation.FrankaArgs(policies=("before", "after"), trials=2, out=folder))
     checkpoints.CLAIMS.pop().close()
 
 
@@ -866,9 +869,7 @@ def evaluate(ip: str, camera: str, folder: Path) -> None:
     eval_real.provenance = lambda *_: {}
     eval_real.envs.write_video = lambda *_: None
     rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=2 * AGE)
-    with open(folder / "output", "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    write_output_to(folder / "output", "a")
     sys.stdout.reconfigure(line_buffering=True)
     with suppress(KeyboardInterrupt, UserError):
         eval_real.franka(eval_real.FrankaArgs(policies=("scripted",), trials=10000, out=folder / "runs", rig=rig))
@@ -909,9 +910,7 @@ def record(ip: str, camera: str, folder: Path, episodes: int) -> None:
     os.chdir(folder)
     robot.Keyboard = Leading
     rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=2 * AGE, image_size=64)
-    with open(folder / "output.txt", "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
+    write_output_to(folder / "output.txt", "a")
     robot.record(robot.RecordArgs(rig=rig, out=folder / "dataset", episodes=episodes))
 
 

@@ -3,17 +3,11 @@
 import numpy as np
 import pytest
 
-import envs
-import eval_real
 from results import trust
 
 
 @pytest.mark.parametrize("kind", trust.KINDS)
-def test_what_is_damaged_is_read_or_refused_in_one_line(kind, monkeypatch):
-    replaced = {envs: ["make"], eval_real: ["load_policies", "provenance", "make_world"]}
-    for module, names in replaced.items():  # by the campaign: given back at the end
-        for name in names:
-            monkeypatch.setattr(module, name, getattr(module, name))
+def test_what_is_damaged_is_read_or_refused_in_one_line(kind):
     outcomes = trust.try_damage(kind, mutations=25, seed=1)
     assert set(outcomes) <= {"read", "refused"}, outcomes
 
