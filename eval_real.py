@@ -700,7 +700,7 @@ class Server:
 
     MAX_MESSAGE = 1 << 24  # bytes, a picture of 4K is twice as many
     MAX_CLIENTS = 32
-    MAX_CONNECTIONS = 128  # those that have not said yet what they want included
+    MAX_STRANGERS = 128  # connections that are no clients yet
     MESSAGE_TIME = 20  # s, for a message to come or to be taken
     SILENCE = 1800  # s between two observations
 
@@ -711,8 +711,9 @@ class Server:
         self.metadata = dict(policy=name, prompt=instruction, chunk=policy.chunk, control_hz=envs.CONTROL_HZ)
         self.metadata["image_size"] = policy.image_size
         self.one_at_a_time = threading.Lock()  # torch's random state is the process's, and so are its threads
-        self.clients = threading.BoundedSemaphore(self.MAX_CLIENTS)
-        self.connections = threading.BoundedSemaphore(self.MAX_CONNECTIONS)
+        self.clients = []  # connections that are answered
+        self.strangers = {}  # sockets of those who have not shown a key, in the order in which they came
+        self.changing = threading.Lock()  # guards both
 
     def listen(self, sock: socket.socket):
         """The websockets server on a bound socket, to `serve_forever`."""
@@ -728,13 +729,19 @@ class Server:
         accepted = listener.handler
 
         def bounded(sock, address):
-            if not self.connections.acquire(blocking=False):
-                sock.close()
-                return
+            with self.changing:
+                self.strangers[sock] = True
+                if len(self.strangers) > self.MAX_STRANGERS:
+                    # The oldest goes: a client has shown its key long before so many others come.
+                    oldest = next(iter(self.strangers))
+                    del self.strangers[oldest]
+                    with suppress(OSError):
+                        oldest.shutdown(socket.SHUT_RDWR)
             try:
                 accepted(sock, address)
             finally:
-                self.connections.release()
+                with self.changing:
+                    self.strangers.pop(sock, None)
 
         listener.handler = bounded
         return listener
@@ -768,8 +775,16 @@ class Server:
     def handle(self, client) -> None:
         """Talk to a client (a connection of websockets) until it goes."""
         from websockets.exceptions import ConnectionClosed
+        from websockets.protocol import State
 
-        if not self.clients.acquire(blocking=False):
+        with self.changing:
+            # Who is gone does not count, even where his thread has not noticed yet.
+            self.clients = [one for one in self.clients if one.protocol.state is State.OPEN]
+            full = len(self.clients) >= self.MAX_CLIENTS
+            if not full:
+                self.clients.append(client)
+                self.strangers.pop(client.socket, None)
+        if full:
             client.close(1013, f"{self.MAX_CLIENTS} clients are served already: try again later")
             return
         try:
@@ -778,8 +793,6 @@ class Server:
             pass  # in the middle of a message, or of an answer: nothing is lost with it
         except TimeoutError:
             client.close(1000, f"no message in {self.SILENCE} s")
-        finally:
-            self.clients.release()
 
     def converse(self, client) -> None:
         import msgpack
@@ -796,16 +809,21 @@ class Server:
             except ValueError as error:
                 client.send(str(error))
                 continue
+            # Who is gone leaves the queue, and his thread ends.
+            while not self.one_at_a_time.acquire(timeout=0.1):
+                if client.protocol.state is not State.OPEN:
+                    return
             try:
-                with self.one_at_a_time:
-                    if client.protocol.state is not State.OPEN:
-                        return  # gone while others were answered: no work for nobody
-                    reply, noise = self.infer(obs, noise)
+                if client.protocol.state is not State.OPEN:
+                    return
+                reply, noise = self.infer(obs, noise)
+                answer = msgpack.packb(reply, default=pack_array)
             except Exception as error:  # one client's fault, or ours, is no reason to leave the others
                 traceback.print_exc()
-                client.send(one_line(error))
-                continue
-            client.send(msgpack.packb(reply, default=pack_array))
+                answer = one_line(error)
+            finally:
+                self.one_at_a_time.release()
+            client.send(answer)
 
 
 def give_memory_back() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -194,6 +195,42 @@ def test_good_clients_get_what_they_get_alone(checkpoint, server):
     """Seconds of `python -m results.trust server`."""
     alone, kept, _ = attack(server, KEY, seconds=6, seed=0)
     assert kept and all(np.array_equal(actions, alone[i]) for i, actions in kept)
+
+
+def test_who_is_gone_or_shows_no_key_takes_nobodys_place(checkpoint):
+    """The server's limits are on clients that are there: not on threads that have not noticed yet, nor on strangers."""
+    sync = pytest.importorskip("websockets.sync.client", reason="pip install -r requirements-robot.txt")
+    import msgpack
+    from websockets.exceptions import ConnectionClosed
+
+    server = eval_real.Server(load_policy(checkpoint), "random", "push", KEY)
+    sock = socket.create_server(("127.0.0.1", 0))
+    address = sock.getsockname()
+
+    def open_one():
+        url = f"ws://127.0.0.1:{address[1]}"
+        return sync.connect(url, compression=None, additional_headers={"Authorization": f"Api-Key {KEY}"})
+
+    message = msgpack.packb(some_obs(0), default=eval_real.pack_array)
+    with server.listen(sock) as listener, contextlib.ExitStack() as opened:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        with server.one_at_a_time:  # an inference that takes long
+            for _ in range(server.MAX_CLIENTS):
+                with open_one() as gone:
+                    gone.send(message)
+                    gone.socket.shutdown(socket.SHUT_RDWR)
+            for _ in range(server.MAX_STRANGERS + 10):
+                opened.enter_context(socket.create_connection(address))  # says nothing
+            client = opened.enter_context(open_one())
+            assert b"chunk" in client.recv()
+            client.send(message)
+        assert b"actions" in client.recv()
+        for _ in range(server.MAX_CLIENTS - 1):
+            opened.enter_context(open_one()).recv()
+        with pytest.raises(ConnectionClosed, match="32 clients are served already"), open_one() as late:
+            late.recv()
+        client.close()
+        assert b"chunk" in opened.enter_context(open_one()).recv()
 
 
 def pack(**array):
