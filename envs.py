@@ -9,8 +9,9 @@ In shapes, B is the number of environments, C the control steps in a chunk, and 
 
 import os
 
-if __name__ != "__main__":  # a worker renders on its own core: two software rasterisers on all cores fight
-    os.environ.setdefault("LP_NUM_THREADS", "1")
+os.environ.setdefault(
+    "LP_NUM_THREADS", "1"
+)  # each renders on its own core: two software rasterisers on all cores fight
 import colorsys
 import copy
 import gc
@@ -24,12 +25,10 @@ import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Literal
 
-import av
 import numpy as np
 import sapien
 import torch
@@ -47,7 +46,7 @@ from mani_skill.utils.structs.types import SceneConfig, SimConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import HANGS, UserError, one_line_errors, whole_file, write_file
+from checkpoints import HANGS, UserError, one_line_errors, write_file
 
 CONTROL_HZ = 10
 IMAGE_SIZE = 64  # pixels, height and width of what policies see
@@ -1678,114 +1677,16 @@ class VecEnv:
                 process.kill()
 
 
-def write_video(path: Path, columns: list[list[np.ndarray]], fps: int = CONTROL_HZ) -> None:
-    """H.264 video of lists of frames [H,W,3], even in height and width, side by side; the shorter ones hold their last
-    frame."""
-    height, width, _ = np.concatenate([frames[0] for frames in columns], 1).shape
-    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as video:
-        stream = video.add_stream("libx264", rate=fps, options={"crf": "20"})
-        stream.height = height
-        stream.width = width
-        stream.pix_fmt = "yuv420p"
-        for t in range(max(map(len, columns)) + fps):  # one second on the end
-            frame = np.concatenate([frames[min(t, len(frames) - 1)] for frames in columns], 1)
-            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        video.mux(stream.encode())
-
-
-def validate(policy, worlds: dict[str, VecEnv], episodes: int, held_out: list[dict], video: Path) -> dict[str, float]:
-    """For curves and the choice of a checkpoint: success and length without exploration on the validation seeds in
-    each of `worlds` (by name), the imitation loss on `held_out` (batches of real demonstrations), and a video of the
-    first episode in all worlds, side by side, whose name says in the log when this was."""
-
-    def act(obs):
-        return policy.act(obs, sample=False).actions.cpu()
-
-    seeds = range(SEEDS["validation"], SEEDS["validation"] + episodes)
-    log = {}
-    columns = []
-    for name, world in worlds.items():
-        played = world.play(act, seeds, f"  validation, {name}")
-        log[f"eval/success_{name}"] = float(played["success"].mean())
-        log[f"eval/length_{name}"] = float(played["length"].mean())
-        columns.append(world.play(act, seeds[:1], video=True)["frames"][0])
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(0)  # the same flow times and noise every time
-        log["eval/real_loss"] = float(np.mean([policy.sft_loss(batch).item() for batch in held_out]))
-    write_video(video, columns)
-    success = ", ".join(f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds)
-    tqdm.write(f"{video.stem.replace('_', ' ')}: success {success}; held-out real loss {log['eval/real_loss']:.3f}")
-    return log
-
-
-# ---- command line -----------------------------------------------------------------------------------------------
-
-
-def show(
-    out: Path = Path("runs/domains.png"), seeds: int = 2, variation: Literal[VARIATIONS] | None = None, random: int = 0
-) -> None:
-    """Draw the tasks, a row each: starts and later moments in the twin and the stand-in, each large and as the policy
-    sees it. To look at after a change to a task or a domain.
-
-    Args:
-        out: Picture to write.
-        seeds: Episodes of each task and domain; each one is shown 16 control steps later than the one before.
-        variation: Draw what generalisation is tested on: unseen objects, positions, or starting poses of the robot.
-        random: Draw so many random domains instead of the twin and the stand-in.
-    """
-    from PIL import Image
-
-    domains = [random_domain(SEEDS["domains"] + i) for i in range(random)] or [TWIN, STANDIN]
-    rows = []
-    for task in TASKS:
-        row = []
-        for domain in domains:
-            env = make(task, domain, variation=variation)
-            for seed in range(seeds):
-                env.reset(seed=[SEEDS["validation"] + seed])
-                actions = env.demonstrator(np.random.default_rng(seed))
-                for _ in range(16 * seed):
-                    env.step_chunk(next(actions)[None, None])
-                small = Image.fromarray(env.observe()["image"][0].cpu().numpy())
-                row.append(env.render_rgb_array()[0].cpu().numpy())
-                row.append(np.asarray(small.resize((256, 256), Image.NEAREST)))
-        rows.append(np.concatenate(row, 1))
-    with whole_file(out) as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary)
-    names = " and ".join(domain.name for domain in domains)
-    print(f"{out}: {', '.join(TASKS)} in {names}, each picture beside what the policy sees of it")
-
-
-def demonstrators(episodes: int = 200, workers: int = len(os.sched_getaffinity(0))) -> None:
-    """Measure the scripted demonstrators in every domain: how often they succeed, and in how many control steps. A
-    task's limit must let 95 % of them finish, or imitating them teaches what counts as failure.
-
-    Args:
-        episodes: Episodes of each task and domain, on seeds of their own.
-        workers: Processes, each with one thread; as many as there are cores by default.
-    """
-    first = SEEDS["validation"] + 500_000
-    blocks = [range(start, min(start + 8, first + episodes)) for start in range(first, first + episodes, 8)]
-    with mp.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
-        for task in TASKS:
-            limit = TASKS[task].max_episode_steps
-            for domain in DOMAINS.values():
-                played = pool.map(partial(_demonstrated, task, domain), blocks, chunksize=1)
-                success, length = np.concatenate(played).T
-                length = np.where(success, length, limit)
-                print(
-                    f"{task}, {domain.name}: {success.sum()} of {episodes} succeed; control steps: median "
-                    f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {limit}",
-                    flush=True,
-                )
-
-
-def _demonstrated(task, domain, seeds):
-    return [(episode["success"], len(episode["action"])) for episode in demonstrations(task, domain, seeds)]
-
-
 if __name__ == "__main__":
     import tyro
 
-    one_line_errors()
-    tyro.extras.subcommand_cli_from_dict(dict(show=show, demonstrators=demonstrators), description=__doc__)
+    import page  # here and not above: it stands on this file
+
+    args = tyro.extras.subcommand_cli_from_dict(
+        dict(show=page.DrawArgs, demonstrators=page.MeasureArgs), description=__doc__
+    )
+    one_line_errors(args.debug)
+    if isinstance(args, page.DrawArgs):
+        page.draw_tasks(args)
+    else:
+        page.measure_demonstrators(args)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import envs
 from checkpoints import UserError, claim, one_line_errors, provenance, read_file, robot_dims, write_file
 from data import in_order, worker_pool
-from page import film, html_table, learning_curves, write_page
+from page import film, html_table, learning_curves, write_page, write_video
 from policy import Policy, load_policy
 from robot import Camera, Franka, Keyboard, Rig, Stopped, get_ready, play, show_overlay
 
@@ -530,7 +530,7 @@ def franka(args: FrankaArgs) -> None:
                     continue
                 success = key == "y"
                 trials.add("trials", policy=name, seed=seed, success=success, **played)
-                envs.write_video(video_path(args.out, name, "franka", seed, success), [frames])
+                write_video(video_path(args.out, name, "franka", seed, success), [frames])
                 label = "success" if success else "failure"
                 took = f"{played['decision_ms']:.0f} ms on average, {played['slowest_ms']:.0f} at most"
                 took += f", {played['late']} of {played['decisions']} late"

@@ -1,28 +1,32 @@
-"""Pages for people: one HTML file with tables, curves and a wall of videos, opened without a server or a network.
+"""What people look at: pages, videos, pictures, and the curves of a run.
 
-`write_page` fills page.html, in this folder, for evaluations (eval_real.py) and for datasets (`python data.py show`);
-`film` draws an episode that was played from its recorded states, with the robot as it looks.
+`write_page` fills page.html, in this folder, for evaluations (eval_real.py) and for datasets (`python data.py show`):
+one file with tables, curves and a wall of videos, opened without a server or a network. `film` draws an episode that
+was played from its recorded states, with the robot as it looks. `python envs.py show` draws the tasks.
 """
 
 import html
 import io
 import json
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import data
 import envs
-from checkpoints import UserError, write_file
+from checkpoints import UserError, whole_file, write_file
 
 
 def write_page(path: Path, title: str, head: str, charts: list[dict], starts: list[dict], fps: float = 10) -> None:
@@ -93,6 +97,33 @@ def start_log(args, settings: dict, step: int) -> SummaryWriter:
     return SummaryWriter(args.out / "tensorboard", purge_step=step)
 
 
+def validate(
+    policy, worlds: dict[str, envs.VecEnv], episodes: int, held_out: list[dict], video: Path
+) -> dict[str, float]:
+    """For curves and the choice of a checkpoint: success and length without exploration on the validation seeds in
+    each of `worlds` (by name), the imitation loss on `held_out` (batches of real demonstrations), and a video of the
+    first episode in all worlds, side by side, whose name says in the log when this was."""
+
+    def act(obs):
+        return policy.act(obs, sample=False).actions.cpu()
+
+    seeds = range(envs.SEEDS["validation"], envs.SEEDS["validation"] + episodes)
+    log = {}
+    columns = []
+    for name, world in worlds.items():
+        played = world.play(act, seeds, f"  validation, {name}")
+        log[f"eval/success_{name}"] = float(played["success"].mean())
+        log[f"eval/length_{name}"] = float(played["length"].mean())
+        columns.append(world.play(act, seeds[:1], video=True)["frames"][0])
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)  # the same flow times and noise every time
+        log["eval/real_loss"] = float(np.mean([policy.sft_loss(batch).item() for batch in held_out]))
+    write_video(video, columns)
+    success = ", ".join(f"{name} {log[f'eval/success_{name}']:.0%}" for name in worlds)
+    tqdm.write(f"{video.stem.replace('_', ' ')}: success {success}; held-out real loss {log['eval/real_loss']:.3f}")
+    return log
+
+
 def log_video(writer, path: Path, step: int) -> None:
     """Put a video into TensorBoard, as a moving picture (and so into W&B, which reads along). torch's `add_video` would
     need moviepy."""
@@ -108,6 +139,21 @@ def log_video(writer, path: Path, step: int) -> None:
     width, height = frames[0].size
     picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue())
     writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="validation", image=picture)]), step)
+
+
+def write_video(path: Path, columns: list[list[np.ndarray]], fps: int = envs.CONTROL_HZ) -> None:
+    """H.264 video of lists of frames [H,W,3], even in height and width, side by side; the shorter ones hold their last
+    frame."""
+    height, width, _ = np.concatenate([frames[0] for frames in columns], 1).shape
+    with whole_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as video:
+        stream = video.add_stream("libx264", rate=fps, options={"crf": "20"})
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
+        for t in range(max(map(len, columns)) + fps):  # one second on the end
+            frame = np.concatenate([frames[min(t, len(frames) - 1)] for frames in columns], 1)
+            video.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        video.mux(stream.encode())
 
 
 @cache  # a process that draws keeps its scenes: making one takes seconds
@@ -145,7 +191,84 @@ def film(
         inset = torch.nn.functional.interpolate(observation["image"].permute(0, 3, 1, 2), (128, 128))[0]
         frame[10:138, 10:138] = inset.permute(1, 2, 0).cpu().numpy()
         frames.append(frame)
-    envs.write_video(path, [frames])
+    write_video(path, [frames])
+
+
+# ---- tasks ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DrawArgs:
+    """Draw the tasks, a row each: starts and later moments in the twin and the stand-in, each large and as the policy
+    sees it. To look at after a change to a task or a domain."""
+
+    out: Path = Path("runs/domains.png")
+    """Picture to write."""
+    seeds: int = 2
+    """Episodes of each task and domain; each one is shown 16 control steps later than the one before."""
+    variation: Literal[envs.VARIATIONS] | None = None
+    """Draw what generalisation is tested on: unseen objects, positions, or starting poses of the robot."""
+    random: int = 0
+    """Draw so many random domains instead of the twin and the stand-in."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
+
+
+def draw_tasks(args: DrawArgs) -> None:
+    """Write the picture that DrawArgs describes."""
+    first = envs.SEEDS["domains"]
+    domains = [envs.random_domain(first + i) for i in range(args.random)] or [envs.TWIN, envs.STANDIN]
+    rows = []
+    for task in envs.TASKS:
+        row = []
+        for domain in domains:
+            env = envs.make(task, domain, variation=args.variation)
+            for seed in range(args.seeds):
+                env.reset(seed=[envs.SEEDS["validation"] + seed])
+                actions = env.demonstrator(np.random.default_rng(seed))
+                for _ in range(16 * seed):
+                    env.step_chunk(next(actions)[None, None])
+                small = Image.fromarray(env.observe()["image"][0].cpu().numpy())
+                row.append(env.render_rgb_array()[0].cpu().numpy())
+                row.append(np.asarray(small.resize((256, 256), Image.NEAREST)))
+        rows.append(np.concatenate(row, 1))
+    with whole_file(args.out) as temporary:
+        Image.fromarray(np.concatenate(rows)).save(temporary)
+    names = " and ".join(domain.name for domain in domains)
+    print(f"{args.out}: {', '.join(envs.TASKS)} in {names}, each picture beside what the policy sees of it")
+
+
+@dataclass
+class MeasureArgs:
+    """Measure the scripted demonstrators in every domain: how often they succeed, and in how many control steps. A
+    task's limit must let 95 % of them finish, or imitating them teaches what counts as failure."""
+
+    episodes: int = 200
+    """Episodes of each task and domain, on seeds of their own."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes, each with one thread; as many as there are cores by default."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
+
+
+def measure_demonstrators(args: MeasureArgs) -> None:
+    """Print what MeasureArgs describes, a line for each task and domain."""
+    first = envs.SEEDS["validation"] + 500_000
+    seeds = range(first, first + args.episodes)
+    blocks = [seeds[start : start + 8] for start in range(0, args.episodes, 8)]
+    with data.worker_pool(args.workers) as pool:
+        for task in envs.TASKS:
+            limit = envs.TASKS[task].max_episode_steps
+            for domain in envs.DOMAINS.values():
+                played = data.in_order(pool, envs.demonstrations, [(task, domain, block) for block in blocks])
+                results = [(episode["success"], len(episode["action"])) for block in played for episode in block]
+                success, length = np.array(results).T
+                length = np.where(success, length, limit)
+                print(
+                    f"{task}, {domain.name}: {success.sum()} of {args.episodes} succeed; control steps: median "
+                    f"{np.median(length):.0f}, 95 % {np.quantile(length, 0.95):.0f}, limit {limit}",
+                    flush=True,
+                )
 
 
 # ---- datasets ---------------------------------------------------------------------------------------------------
@@ -184,7 +307,7 @@ def show(args: ShowArgs) -> None:
     for e in tqdm(np.linspace(0, found - 1, min(found, args.episodes)).astype(int), "videos", unit="episode"):
         rows = np.arange(dataset.bounds[e], dataset.bounds[e + 1])
         frames = dataset.frames[rows][:, : height // 2 * 2, : width // 2 * 2]  # H.264 wants even numbers
-        envs.write_video(out / f"videos/{e}.mp4", [frames], fps)
+        write_video(out / f"videos/{e}.mp4", [frames], fps)
         charts = []
         for kind, values in (("state", dataset.state[rows]), ("action", dataset.action[rows])):
             low, extent = ranges[kind]

@@ -415,7 +415,7 @@ def main(args: Args):
         if chief and (iteration % args.eval_every == 0 or iteration == args.iterations):
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/iteration_{iteration}.mp4"
-            log |= envs.validate(policy, worlds, args.eval_episodes, held_out_batches, video)
+            log |= page.validate(policy, worlds, args.eval_episodes, held_out_batches, video)
             page.log_video(writer, video, iteration)
             # A checkpoint is chosen in the twin, which needs no robot; of equally good ones the later is kept.
             if log["eval/success_twin"] >= best:

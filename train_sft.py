@@ -214,7 +214,7 @@ def main(args: Args):
         if chief and step * args.evaluations % args.steps < args.evaluations:  # evenly, the last at the end
             worlds = {"twin": twin, args.target: target}
             video = args.out / f"videos/step_{step}.mp4"
-            log = envs.validate(policy, worlds, args.eval_episodes, held_out_batches, video)
+            log = page.validate(policy, worlds, args.eval_episodes, held_out_batches, video)
             page.log_video(writer, video, step)
             for key, value in log.items():
                 writer.add_scalar(key, value, step)

@@ -91,6 +91,8 @@ class Kills:
     """Which ones."""
     seed: int = 0
     """Of the moments."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
 
 
 def write_output_to(file: str | Path, mode: str) -> None:
@@ -275,6 +277,8 @@ class Fuzz:
     )
     """What: datasets with images or video, checkpoints in each layout, the state of a killed run, the results of
     evaluations in the simulator and on the arm, a message to the server."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
 
 
 WILD = (None, True, -1, 0, 3, 1e308, float("nan"), 2**70, "", "x", "../../x", [], {}, [[]], {"x": 1}, "é" * 300)
@@ -551,6 +555,8 @@ class Server:
     """How long."""
     seed: int = 0
     """Of what is sent."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
 
 
 def observation(client: int, step: int) -> dict:
@@ -804,6 +810,8 @@ class Arm:
     """How many, of each kind as many."""
     seed: int = 0
     """Of the moments."""
+    debug: bool = False
+    """Show the traceback of an error in the input, too."""
 
 
 REST = 3.0  # s after a fault within which the arm is at rest: it is noticed after AGE at the latest, and to stop takes
@@ -867,7 +875,7 @@ def evaluate(ip: str, camera: str, folder: Path) -> None:
     eval_real.load_policies = lambda *_: {"scripted": Scripted(folder)}
     eval_real.Keyboard = Pressing
     eval_real.provenance = lambda *_: {}
-    eval_real.envs.write_video = lambda *_: None
+    eval_real.write_video = lambda *_: None
     rig = robot.Rig(robot_ip=ip, camera=camera, max_image_age=AGE, max_silence=2 * AGE)
     write_output_to(folder / "output", "a")
     sys.stdout.reconfigure(line_buffering=True)
@@ -1094,7 +1102,7 @@ def arm_table(rest: dict[str, list[float]], bad: list[str], trials: int, motion:
 CAMPAIGNS = {"kills": (Kills, kills), "fuzz": (Fuzz, fuzz), "server": (Server, server), "arm": (Arm, arm)}
 
 if __name__ == "__main__":
-    one_line_errors()
     kinds = {name: kind for name, (kind, _) in CAMPAIGNS.items()}
     args = tyro.extras.subcommand_cli_from_dict(kinds, description=__doc__)
+    one_line_errors(args.debug)
     next(run for kind, run in CAMPAIGNS.values() if isinstance(args, kind))(args)

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-import envs
 import eval_real
+import page
 from checkpoints import write_file
 
 
@@ -17,7 +17,7 @@ def test_wilson_interval_is_scipys(successes, n):
 
 def test_video_holds_every_frame_side_by_side(tmp_path):
     dark, light = np.full((64, 64, 3), 20, np.uint8), np.full((64, 64, 3), 220, np.uint8)
-    envs.write_video(tmp_path / "v.mp4", [[dark] * 7, [light, dark]])
+    page.write_video(tmp_path / "v.mp4", [[dark] * 7, [light, dark]])
     with av.open(str(tmp_path / "v.mp4")) as video:
         frames = [f.to_ndarray(format="rgb24") for f in video.decode(video=0)]
     assert len(frames) == 7 + 10 and frames[0].shape == (64, 128, 3)

@@ -98,7 +98,7 @@ def evaluation(tmp_path):
     results = []
     ends = {}
     picture = [np.full((36, 48, 3), grey, np.uint8) for grey in range(0, 250, 25)]
-    envs.write_video(tmp_path / "video.mp4", [picture])
+    page.write_video(tmp_path / "video.mp4", [picture])
     (args.out / "videos").mkdir(parents=True)
     for domain, by_policy in outcomes.items():
         for name, rate in zip(POLICIES, (0.3, 0.6)):
@@ -205,7 +205,7 @@ def test_a_dataset_is_shown_in_a_browser(name, tmp_path, chromium, capsys):
 
 def test_tensorboard_gets_the_validation_video(tmp_path):
     pictures = [np.full((8, 16, 3), 10 * t, np.uint8) for t in range(12)]
-    envs.write_video(tmp_path / "v.mp4", [pictures])
+    page.write_video(tmp_path / "v.mp4", [pictures])
     with SummaryWriter(tmp_path) as writer:
         page.log_video(writer, tmp_path / "v.mp4", 5)
     (event,) = EventAccumulator(str(tmp_path), size_guidance=dict(images=0)).Reload().Images("validation")

@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 import torch
-import envs, train_rlco, train_sft
+import envs, page, train_rlco, train_sft
 
 class Noise:
     max_episode_steps = 12
@@ -54,7 +54,7 @@ class Noise:
         pass
 
 envs.VecEnv = Noise
-envs.validate = lambda *_: {{"eval/success_twin": 0.5, "eval/success_standin": 0.5}}
+page.validate = lambda *_: {{"eval/success_twin": 0.5, "eval/success_standin": 0.5}}
 for name in {runs}:
     policy, bf16 = name.rsplit("-", 1)
     bf16 = bf16 == "True"

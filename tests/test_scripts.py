@@ -127,7 +127,7 @@ def test_a_resumed_stage_1_ends_where_an_uninterrupted_one_does(folder, monkeypa
         validations = Mock(
             side_effect=[KeyboardInterrupt, result, KeyboardInterrupt, result] if kills else [result] * 2
         )
-        monkeypatch.setattr(train_sft.envs, "validate", validations)
+        monkeypatch.setattr(train_sft.page, "validate", validations)
         for attempt in range(kills + 1):
             with pytest.raises(KeyboardInterrupt) if attempt < kills else nullcontext():
                 train_sft.main(train_sft.Args(steps=102, batch_size=2, out=Path(name)))
@@ -176,7 +176,7 @@ def stage_2(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demos").symlink_to(folder / "demos")
     monkeypatch.setattr(train_rlco.envs, "VecEnv", Noise)
-    monkeypatch.setattr(train_rlco.envs, "validate", lambda *_: {"eval/success_twin": 0.5, "eval/success_standin": 0.5})
+    monkeypatch.setattr(train_rlco.page, "validate", lambda *_: {"eval/success_twin": 0.5, "eval/success_standin": 0.5})
     stats = load_policy(folder / "runs/sft/best").stats
 
     def weights(checkpoint):
@@ -287,7 +287,7 @@ def test_a_kl_divergence_that_one_process_alone_has_ends_the_update_of_all(stage
 
 def test_more_backward_passes_give_the_same_gradient(stage_2, monkeypatch):
     """In stage I; of stage II see test_processes.py."""
-    monkeypatch.setattr(train_sft.envs, "validate", lambda *_: {"eval/success_twin": 0.5})
+    monkeypatch.setattr(train_sft.page, "validate", lambda *_: {"eval/success_twin": 0.5})
     norms = []
     for n in (1, 2):
         train_sft.main(train_sft.Args(policy="tiny-openvla", steps=20, batch_size=4, accumulate=n, out=Path(f"sft{n}")))
