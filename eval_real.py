@@ -29,6 +29,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -298,24 +299,30 @@ def standin(args: StandinArgs) -> None:
     saved = machines.gather_objects(finished(args.out / "results.json", repeat))[0]
 
     cells = [] if saved else list(itertools.product(domains, policies))
-    played = {}  # by cell
+    # Processes share blocks of episodes that are played at a time: the same blocks for any number of processes.
+    blocks = [seeds[k : k + args.num_envs] for k in range(0, len(seeds), args.num_envs)]
+    parts = [(cell, block) for cell in cells for block in blocks]
+    played = {cell: {} for cell in cells}  # success, length and states by seed
     worlds = {}  # by domain and size of the pictures
     with ExitStack() as opened:
-        for domain, name in [cells[k] for k in machines.own(len(cells))]:
+        for (domain, name), own in itertools.groupby([parts[k] for k in machines.own(len(parts))], itemgetter(0)):
             place = (domain, policies[name].image_size)
             if place not in worlds:
                 worlds[place] = opened.enter_context(closing(make_world(args, *place)))
             policy = policies[name].to(device)  # one at a time: several large ones would not fit
-            played[domain, name] = worlds[place].play(greedy(policy), seeds, f"{name}, {domain}")
+            own = [seed for _, block in own for seed in block]
+            episodes = worlds[place].play(greedy(policy), own, f"{name}, {domain}" if chief else None)
+            columns = (episodes["success"].tolist(), episodes["length"].tolist(), episodes["snapshots"])
+            played[domain, name] = dict(zip(own, zip(*columns)))
             policy.to("cpu")
-    for part in machines.gather_objects(played):
-        played |= part
+    for shared in machines.gather_objects(played):
+        for cell in cells:
+            played[cell] |= shared[cell]
     if not chief:
         return
     results = saved["results"] if saved else []
     for domain, name in cells:
-        success = played[domain, name]["success"].tolist()
-        length = played[domain, name]["length"].tolist()
+        success, length, _ = map(list, zip(*(played[domain, name][seed] for seed in seeds)))
         cell = summary(name, domain, args.task, success, length)
         results.append(dict(cell, seeds=[seeds[0], seeds[-1]], success=success, length=length))
     outcomes = {domain: {} for domain in domains}
@@ -337,7 +344,7 @@ def standin(args: StandinArgs) -> None:
         for seed in worth_seeing(outcomes[args.target], args.videos):
             for domain, name in cells:
                 path = video_path(args.out, name, domain, seed, outcomes[domain][name][seed])
-                states = played[domain, name]["snapshots"][seeds.index(seed)]
+                *_, states = played[domain, name][seed]
                 episode = (seed, states, policies[name].chunk, args.render, policies[name].image_size)
                 films.append((path, args.task, envs.DOMAINS[domain], args.variation, *episode))
         write_evaluation(args, what, results, pairs, ends)  # the figures, if drawing is interrupted

@@ -16,6 +16,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import signal
 import sys
+import zlib
 from datetime import timedelta
 
 import numpy as np
@@ -119,8 +120,10 @@ def gather_objects(thing) -> list:
     return things
 
 
-def seed(*key: int) -> None:
+def seed(purpose: str, *key: int) -> None:
     """Seed torch's random numbers by what they are for: they do not depend on what was drawn before, nor by whom."""
+    # With the purpose in it, as numpy pads a key with zeros: (5,) and (5, 0) would draw the same.
+    key = (zlib.crc32(purpose.encode()), *key)
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 

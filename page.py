@@ -156,6 +156,30 @@ def write_video(path: Path, columns: list[list[np.ndarray]], fps: int = envs.CON
         video.mux(stream.encode())
 
 
+def curve(metrics: list[dict], key: str, scale: float = 1.0) -> list[tuple]:
+    """[(iteration, value)] of what was logged under `key`."""
+    return [(m["iteration"], scale * m[key]) for m in metrics if key in m]
+
+
+def plot_run(metrics: list[dict], target: str, path: Path):
+    """Learning curve of a run: success in the rollouts, and on the validation seeds of the twin and the target."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws into a file: no screen needed
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    keys = {"twin, exploring": "rollout/success", "twin": "eval/success_twin", target: f"eval/success_{target}"}
+    for label, key in keys.items():
+        axis.plot(*zip(*curve(metrics, key, 100)), marker="o", markersize=3, label=label)
+    axis.set(xlabel="RL iteration", ylabel="success (%)", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+
+
 @cache  # a process that draws keeps its scenes: making one takes seconds
 def _scenes(task, domain, variation, render, image_size):
     kwargs = dict(variation=variation, render=render, image_size=image_size, video_size=360)

@@ -78,8 +78,11 @@ class Args:
     anchor_batch_size: int = 64
     """Real samples in a gradient step."""
     accumulate: int = 1
-    """Groups that worlds act in and backward passes of a gradient step, of all processes of torchrun together (a
-    multiple of their number): more of them need less memory."""
+    """Backward passes in a gradient step, of all processes of torchrun together (a multiple of their number): more of
+    them need less memory and give the same gradient."""
+    acting_groups: int | None = None
+    """Groups that worlds act in, of all processes together: a multiple of their number that divides --accumulate, which
+    it is by default. Fewer act faster, more need less memory."""
     bf16: bool = False
     """Keep weights in bfloat16, to fit a large policy on a GPU: all but heads, LoRA, and pi0.5's embeddings, norms and
     action projections. What trains of them is updated in float32 copies."""
@@ -152,7 +155,7 @@ def rollout(policy, twin, first_seed: int, decisions: int, groups: int = 1) -> d
     for t in range(decisions):
         decided = []
         for k, group in enumerate(own):
-            machines.seed(first_seed, t, group)
+            machines.seed("act", first_seed, t, group)
             seen = policy.encode(index_obs(obs, rows[k]))
             decided.append(policy.act(seen, sample=True))
             observations[k].append(seen)
@@ -244,31 +247,34 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, iter
     `experience` is what `rollout` returns, with its advantage and returns [T,B]. `updates` gradient steps were made
     before this one: the real batches go on from there. The first args.critic_warmup iterations train the critic alone,
     without the anchor. The update ends before the gradient step whose KL divergence exceeds args.target_kl. UserError
-    if that is the first one, or if a loss or a gradient is not finite. Micro-batch m is of group m of the worlds, and
-    of the process that has it.
+    if that is the first one, or if a loss or a gradient is not finite. Micro-batch m is of the worlds m,
+    m + args.accumulate, ..., and of the process that has them.
     """
     warming_up = iteration < args.critic_warmup
     seed = envs.rl_seed(args.seed, iteration)
     advantage = experience["advantage"]
     columns = {key: experience[key] for key in ("logprob", "value", "returns")}
     columns["advantage"] = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    own = machines.own(args.accumulate)
-    groups = []  # the decisions of each of this process's
-    for k, m in enumerate(own):
+    numbers = torch.arange(len(experience["latent"][0])).view(len(advantage), -1)  # [T,b] of a group's decisions
+    micro_batches = []  # this process's: of some of the worlds of the group that they acted in
+    for m in machines.own(args.accumulate):
+        k = machines.own(args.acting_groups).index(m % args.acting_groups)
+        of_group = numbers[:, m // args.acting_groups :: args.accumulate // args.acting_groups].flatten()
         decisions = {key: column[:, m :: args.accumulate].flatten() for key, column in columns.items()}
-        groups.append(dict(decisions, obs=experience["obs"][k], latent=experience["latent"][k]))
+        micro_batches.append((m, decisions, of_group, experience["obs"][k], experience["latent"][k]))
     critic = list(policy.value_head.parameters())
     history = []  # the losses of each gradient step that was taken
     log = {}
-    machines.seed(seed)
-    each = advantage.numel() // args.accumulate  # decisions of a group; all groups take them in the same order
+    machines.seed("minibatches", seed)
+    each = advantage.numel() // args.accumulate  # decisions of a micro-batch's worlds; all take them in the same order
     epochs = (torch.randperm(each).split(args.minibatch_size // args.accumulate) for _ in range(args.update_epochs))
     for rows in [rows.sort().values for epoch in epochs for rows in epoch]:
         optimizer.zero_grad()
         parts_of = []
-        for m, group in zip(own, groups):
-            machines.seed(seed, len(history), m)
-            minibatch = {k: pick_obs(v, rows) if k == "obs" else v[rows] for k, v in group.items()}
+        for m, decisions, of_group, obs, latent in micro_batches:
+            machines.seed("update", seed, len(history), m)
+            minibatch = {key: column[rows] for key, column in decisions.items()}
+            minibatch |= dict(obs=pick_obs(obs, of_group[rows]), latent=latent[of_group[rows]])
             anchored = args.beta and not warming_up
             real_batch = real_batches[(updates + len(history)) * args.accumulate + m] if anchored else None
             loss, parts = rlco_loss(policy, minibatch, real_batch, args)
@@ -366,6 +372,12 @@ def main(args: Args):
         raise UserError(
             f"--accumulate {args.accumulate} must divide --num-envs, --minibatch-size and --anchor-batch-size"
         )
+    args.acting_groups = args.acting_groups or args.accumulate
+    if args.accumulate % args.acting_groups or args.acting_groups % machines.size():
+        raise UserError(
+            f"--acting-groups {args.acting_groups} must divide --accumulate {args.accumulate}, and be a multiple of "
+            f"the {machines.size()} processes"
+        )
     real, held_out = data.open_real(args, policy.image_size, train=args.beta > 0)
     policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
@@ -389,7 +401,7 @@ def main(args: Args):
         start, updates, metrics, best = (state[k] for k in ("iteration", "updates", "metrics", "best"))
         if len(metrics) > args.iterations:  # with the last validation
             if chief:
-                plot_run(metrics, args.target, args.out / "learning_curve.png")
+                page.plot_run(metrics, args.target, args.out / "learning_curve.png")
             print(f"{args.out}: done already, best success in the twin {best:.0%}; next: python eval_real.py")
             return
         del metrics[start:]  # a last validation, if more iterations are asked for now
@@ -425,7 +437,7 @@ def main(args: Args):
         if iteration < args.iterations:
             began = time.time()
             first_seed = envs.rl_seed(args.seed, iteration)
-            experience = rollout(policy, training, first_seed, decisions, args.accumulate)
+            experience = rollout(policy, training, first_seed, decisions, args.acting_groups)
             columns = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
             columns = [experience[key] for key in columns]
             experience["advantage"], experience["returns"] = gae(*columns, args.gamma, args.gae_lambda)
@@ -459,7 +471,7 @@ def main(args: Args):
     machines.wait()  # the last checkpoint is there for all
     if not chief:
         return training.close()
-    plot_run(metrics, args.target, args.out / "learning_curve.png")
+    page.plot_run(metrics, args.target, args.out / "learning_curve.png")
     for opened in (bar, writer, training, twin, target):
         opened.close()
     print(
@@ -480,30 +492,6 @@ def stop_if_diverged(metrics: list[dict], args):
         why = f"the critic ran away: rollout/explained_variance is {explained[-1]:.0f}; take a lower --value-lr"
     if why:
         raise UserError(f"iteration {len(success) - 1}: {why} and another --out. {args.out} keeps the last checkpoint")
-
-
-def curve(metrics: list[dict], key: str, scale: float = 1.0) -> list[tuple]:
-    """[(iteration, value)] of what was logged under `key`."""
-    return [(m["iteration"], scale * m[key]) for m in metrics if key in m]
-
-
-def plot_run(metrics: list[dict], target: str, path: Path):
-    """Learning curve of a run: success in the rollouts, and on the validation seeds of the twin and the target."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws into a file: no screen needed
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    keys = {"twin, exploring": "rollout/success", "twin": "eval/success_twin", target: f"eval/success_{target}"}
-    for label, key in keys.items():
-        axis.plot(*zip(*curve(metrics, key, 100)), marker="o", markersize=3, label=label)
-    axis.set(xlabel="RL iteration", ylabel="success (%)", ylim=(0, None))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    with checkpoints.whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

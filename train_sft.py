@@ -181,7 +181,7 @@ def main(args: Args):
         optimizer.zero_grad()
         losses = []
         for m in machines.own(args.accumulate):
-            machines.seed(args.seed, step, m)
+            machines.seed("loss", args.seed, step, m)
             loss = policy.sft_loss(index_obs(batch, slice(m, None, args.accumulate)), reduce=False)
             # alpha is in the batch: it is the share of simulated samples in it
             (loss.sum() / args.batch_size).backward()

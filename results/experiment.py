@@ -26,7 +26,7 @@ import tyro
 from checkpoints import UserError, claim, one_line_errors, whole_file, write_file
 from envs import TASKS, VARIATIONS
 from eval_real import wilson
-from train_rlco import curve
+from page import curve
 
 PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
 POLICIES = {"tiny-pi05": "π0.5", "tiny-openvla": "OpenVLA"}

@@ -83,6 +83,7 @@ def test_an_iteration_of_stage_2_on_a_gpu(name, part):
         update_epochs=1,
         minibatch_size=6,
         accumulate=2,
+        acting_groups=2,
         gamma=0.9,
         out="",
         seed=1,

@@ -127,21 +127,22 @@ def test_the_gradient_with_beta_is_the_sum_of_its_parts(policy):
 
 
 def test_more_backward_passes_give_the_same_gradient(policy):
-    """Two decisions of four worlds in one micro-batch, or worlds 0 and 2 in one and 1 and 3 in another."""
+    """Two decisions of four worlds in one micro-batch, or worlds 0 and 2 in one and 1 and 3 in another; which act
+    together or do not."""
     made = [make_rollout(policy, n=4)[0] for _ in range(2)]
     columns = {key: torch.stack([one[key] for one in made]) for key in ("logprob", "value", "returns", "advantage")}
     args = {**vars(ARGS), "beta": 0, "seed": 1, "critic_warmup": 0, "update_epochs": 1, "minibatch_size": 8}
     args |= dict(target_kl=9, max_grad_norm=1e9, desired_kl=None, out="")
     norms = []
-    for groups in (1, 2):
+    for accumulate, groups in ((1, 1), (2, 2), (2, 1)):
         rows = [slice(k, None, groups) for k in range(groups)]
         obs = [[index_obs(one["obs"], group) for one in made] for group in rows]
         latent = [torch.cat([one["latent"][group] for one in made]) for group in rows]
         optimizer = AdamW([dict(params=[p for p in policy.parameters() if p.requires_grad], lr=0.0)])
         experience = dict(columns, obs=obs, latent=latent)
-        log = train_rlco.update(policy, optimizer, experience, None, 0, 0, SimpleNamespace(**args, accumulate=groups))
-        norms.append(log["loss/grad_norm"])
-    assert norms[1] == pytest.approx(norms[0], rel=1e-3) and norms[0] > 1e-3
+        ways = SimpleNamespace(**args, accumulate=accumulate, acting_groups=groups)
+        norms.append(train_rlco.update(policy, optimizer, experience, None, 0, 0, ways)["loss/grad_norm"])
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=1e-3) and norms[0] > 1e-3
 
 
 def test_clipping_stops_the_gradient_of_a_ratio_that_went_too_far(policy):
