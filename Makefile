@@ -1,9 +1,10 @@
 # make demo: set-up, stage I, stage II, comparison.   make test: set-up, ruff, test suite.
+# make base: the pretrained policies of bases/ anew, hours of two cores.
 # make results: every run, table and figure of results/. A finished run is not run again, a killed one goes on.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test setup results
+.PHONY: demo test setup base results
 PY := .venv/bin/python
 
 demo: setup
@@ -17,6 +18,9 @@ test: setup .venv/robot
 	$(PY) -m ruff format --check
 	$(PY) -m pytest tests -n 2 --dist loadfile --ignore tests/test_robot.py
 	$(PY) -m pytest tests/test_robot.py  # in real time, so by itself
+
+base: setup
+	@$(PY) -m results.base
 
 results: setup
 	@$(PY) -m results.experiment

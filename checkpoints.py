@@ -440,10 +440,17 @@ def hub_folder(name: str, files: list[str]) -> Path:
     return Path(snapshot_download(name, allow_patterns=files))
 
 
+BASES = Path(__file__).with_name("bases")  # pretrained tiny policies, by name
+
+
 def find_folder(name: str | Path, presets: dict) -> Path:
-    """The folder `name`, or else that of the Hub's model of this name, downloaded. UserError if neither is there."""
+    """The folder `name`, or else that of bases/, or of the Hub's model of this name, downloaded. UserError if none is
+    there."""
     if Path(name).is_dir():
         return Path(name)
+    base = BASES / name
+    if base.parent == BASES and base.is_dir():
+        return base
     try:
         return hub_folder(str(name), HUB_FILES)
     except Exception as error:

@@ -1020,11 +1020,12 @@ def load_policy(
     device: str | torch.device = "cpu",
     **overrides,
 ) -> Policy:
-    """A preset's name gives random weights; a folder or a Hub name a checkpoint: ours, openpi's PyTorch layout (also
-    RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content. `stats` replaces the statistics found there; `dtype`
-    converts on load, but for what trains badly in bfloat16 (FLOAT32; None keeps the file's); `overrides` replace
-    settings of its config (chunk, action_horizon, noise_std, ...; unnorm_key chooses among OpenVLA's statistics).
-    UserError says in one line what is wrong, naming every key that is missing, unexpected or of another shape."""
+    """A preset's name gives random weights; a folder, or the name of one in bases/ or of a model on the Hub, a
+    checkpoint: ours, openpi's PyTorch layout (also RLinf's), lerobot's pi0.5, or OpenVLA's, told apart by content.
+    `stats` replaces the statistics found there; `dtype` converts on load, but for what trains badly in bfloat16
+    (FLOAT32; None keeps the file's); `overrides` replace settings of its config (chunk, action_horizon, noise_std, ...;
+    unnorm_key chooses among OpenVLA's statistics). UserError says in one line what is wrong, naming every key that is
+    missing, unexpected or of another shape."""
     if str(name) in PRESETS:
         if Path(name).is_dir():
             raise UserError(f"{name} is a preset and a folder here: ./{name} is the folder; rename it for the preset")
@@ -1036,6 +1037,8 @@ def load_policy(
             weight.data = weight.data.to(policy.device, policy.dtype_of(parameter_name, dtype))
         return policy
     folder = checkpoints.find_folder(name, PRESETS)
+    if dtype is None and folder.parent == checkpoints.BASES:
+        dtype = torch.float32  # they are kept in bfloat16 to be small
     tensors = checkpoints.read_tensors(folder)
     home = checkpoints.settings_folder(folder)  # another than folder for an adapter without its base
     config = checkpoints.read_config(home, tensors, PRESETS, overrides)

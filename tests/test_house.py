@@ -14,7 +14,8 @@ FLOORS = (  # from the ground up; rooms of one floor do not import each other
     "data",
     "page robot",
     "train_sft train_rlco eval_real",
-    "results.experiment results.bench results.simulator results.trust results.interop results.interop_peers",
+    "results.experiment results.base results.bench results.simulator results.trust results.interop "
+    "results.interop_peers",
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
