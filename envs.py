@@ -24,8 +24,8 @@ import sys
 import traceback
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -47,6 +47,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import HANGS, UserError, one_line_errors, write_file
+from machines import find_renderer
 
 CONTROL_HZ = 10
 IMAGE_SIZE = 64  # pixels, height and width of what policies see
@@ -204,115 +205,7 @@ VARIATIONS = ("objects", "positions", "robot")
 UNSEEN_COLOR = (0.10, 0.45, 0.08)
 
 
-# ---- what SAPIEN is given ---------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where edited copies of others' files go, in the user's home and never in site-packages. They are named by their
-    content: never out of date."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlco"
-
-
-def shader_for_cpus() -> ShaderConfig:
-    """SAPIEN's "minimal" shaders without reflections of a surrounding (an environment map), which no scene here has.
-
-    Software rendering compiles their samplers in six seconds of every process, and spends a quarter of a picture on
-    them; pictures are the same to the last bit. Where SAPIEN's text is not the one that is edited here, the stock one.
-    """
-    stock = Path(sapien.__file__).parent / "vulkan_shader/minimal"
-    edits = {
-        r"vec3 (getBackgroundColor|diffuseIBL|specularIBL)\((.*\n)*?}\n": "",
-        r"  vec3 wnormal = (.*\n)*?(?=  color \+= sceneBuffer.ambientLight)": "",
-        r"layout.* (samplerEnvironment|samplerBRDFLUT);\n": "",
-        r"(?<=vec3 bg = ).*;": "vec3(0);",
-        r'(?<=#include ")\.\.': str(stock.parent),
-    }
-    files = {path.name: path.read_text() for path in sorted(stock.iterdir())}
-    for name in files:
-        for pattern, replacement in edits.items():
-            files[name] = re.sub(pattern, replacement, files[name])
-    config = PREBUILT_SHADER_CONFIGS["minimal"]
-    text = "".join(files.values())
-    if re.search("getBackgroundColor|IBL|samplerEnvironment|samplerBRDFLUT", text):
-        return config
-    folder = cache_folder() / f"shaders_{hashlib.sha1(text.encode()).hexdigest()[:10]}"
-    for name, content in files.items():
-        if not (folder / name).exists():
-            write_file(folder / name, content.encode())
-    # What ManiSkill does for the shaders of that name, and for no others.
-    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
-    sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
-    sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
-    return replace(config, shader_pack=str(folder))
-
-
-# A real picture: a device that is listed may still fail to render, or end the process that tries. (The Makefile has the
-# same, to try it before this file can be imported.)
-TRY_A_PICTURE = """
-import sapien
-sapien.render.set_camera_shader_dir("trivial")
-scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device("{device}"))])
-camera = scene.add_camera("", 8, 8, 1, 0.01, 1)
-scene.update_render()
-camera.take_picture()
-camera.get_picture("Color")
-"""
-
-
-@lru_cache
-def find_renderer(render: str) -> str:
-    """What ManiSkill shall render with, from --render: "cpu", "gpu", or with "auto" the GPU if it renders a picture. Of
-    several GPUs it is the process's own (torchrun's LOCAL_RANK). UserError if "gpu" does not render."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if render not in ("auto", "gpu"):
-        return render
-    if render == "auto" and not torch.cuda.is_available():
-        return "cpu"
-    tried = subprocess.run([sys.executable, "-c", TRY_A_PICTURE.format(device=gpu)], capture_output=True, text=True)
-    if tried.returncode == 0:
-        return gpu
-    why = (tried.stderr.strip().splitlines() or [f"the process ended with {tried.returncode}"])[-1]
-    advice = "containers lack NVIDIA's Vulkan files unless NVIDIA_DRIVER_CAPABILITIES has graphics"
-    if render == "gpu":
-        raise UserError(f"--render gpu: {gpu} renders no picture ({why}); {advice}")
-    tqdm.write(f"pictures are rendered on the CPU: {gpu} renders none ({why}); {advice}", file=sys.stderr)
-    return "cpu"
-
-
 # ---- robot ------------------------------------------------------------------------------------------------------
-
-
-def lowpoly_urdf(color: Vector) -> str:
-    """Path of a Panda URDF whose visuals are its convex collision shapes, painted `color`.
-
-    The stock visuals have 135,548 triangles, which is the whole cost of rendering in software.
-    """
-    source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
-    robot = ET.parse(source).getroot()
-    for link in robot.iter("link"):
-        for visual in link.findall("visual"):
-            link.remove(visual)
-        for collision in link.findall("collision"):
-            for mesh in collision.iter("mesh"):
-                # Meshes are named relative to the URDF's folder, which the copy leaves: make that absolute. Beside most
-                # of them lies their convex hull, which is what physics uses and has the fewest triangles.
-                stl = source.parent / mesh.get("filename")
-                convex = stl.with_name(stl.name + ".convex.stl")
-                mesh.set("filename", str(convex if convex.exists() else stl))
-            visual = ET.SubElement(link, "visual")
-            visual.extend(collision)
-            # SAPIEN looks materials up by name, in the whole file: a name for each link, or all get the first's shade.
-            material = ET.SubElement(visual, "material", name=f"paint of {link.get('name')}")
-            shade = 0.3 if "finger" in link.get("name") else 1.0
-            ET.SubElement(material, "color", rgba=" ".join(str(c * shade) for c in color) + " 1")
-    urdf = ET.tostring(robot)
-    path = cache_folder() / f"panda_{hashlib.sha1(urdf).hexdigest()[:10]}.urdf"
-    if not path.exists():
-        # SAPIEN reads from the SRDF beside it which links may touch, so that has to be there before the URDF is.
-        write_file(path.with_suffix(".srdf"), source.with_suffix(".srdf").read_bytes())
-        write_file(path, urdf)
-    return str(path)
-
 
 # Franka Emika Panda, modified Denavit-Hartenberg parameters (a, d, alpha) of joints 1..7, from Franka's FCI manual.
 PANDA_DH = (
@@ -368,7 +261,7 @@ def panda_kinematics(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_kinematics(q: Tensor, position: Tensor, rotation: Tensor, iterations: int = 1) -> Tensor:
-    """Damped least-squares steps from q [B,7] towards a TCP position [B,3] and rotation [B,3,3] -> q [B,7].
+    """Damped least-squares steps from q [B,7] towards a TCP position [B,3] and rotation [B,3,3] or [3,3] -> q [B,7].
 
     One step a control step is enough while the target moves by centimetres; the residual is made up in the next one.
     """
@@ -571,8 +464,7 @@ class TabletopEnv(BaseEnv):
         self.video_size = video_size  # pixels, of what people see
         self._common = None  # names of what every task has; all others are a task's own
         defaults = dict(obs_mode="rgb", reward_mode="dense", render_mode="rgb_array", robot_uids=None)
-        defaults["render_backend"] = find_renderer(render)
-        super().__init__(**(defaults | kwargs))
+        super().__init__(**{**defaults, "render_backend": find_renderer(render), **kwargs})
 
     # ManiSkill's hooks ------------------------------------------------------------------------------------------------
     @property
@@ -623,15 +515,12 @@ class TabletopEnv(BaseEnv):
         self._noise = [torch.Generator(self.device) for _ in range(self.num_envs)]
         self._beginning = []
         home = torch.tensor([HOME], device=self.device)
-        self.home = inverse_kinematics(home, *self._down(torch.tensor([[0.4, 0, 0.2]])), iterations=50)
+        middle = torch.tensor([[0.4, 0, 0.2]], device=self.device)
+        self.home = inverse_kinematics(home, middle, POINTING_DOWN.to(self.device), iterations=50)
         self._built = 0
         if self._common is None:
             self._common = set(vars(self))
         self._load_objects()
-
-    def _down(self, position):
-        """Position [B,3] and rotation [B,3,3] of a TCP that points down."""
-        return position.to(self.device), POINTING_DOWN.to(self.device).expand(len(position), 3, 3)
 
     def _clear_sim_state(self):
         if not self.gpu_sim_enabled:
@@ -675,7 +564,7 @@ class TabletopEnv(BaseEnv):
             self._noise[row].manual_seed(int(self._episode_seed[row]))
         low, high = torch.tensor(self.start_tcp, device=self.device)
         start = low + (high - low) * self.sample_uniform(3, b, self.variation == "robot", (1.0, 1.5)).T
-        q = inverse_kinematics(self.home.expand(b, 7), *self._down(start), iterations=6)
+        q = inverse_kinematics(self.home.expand(b, 7), start, POINTING_DOWN.to(self.device), iterations=6)
         finger = torch.full((b, 2), (self.start_gripper + 1) / 2 * GRIPPER_OPEN, device=self.device)
         self.agent.robot.set_qpos(torch.cat([q, finger], -1))
         self._place_objects(env_idx)
@@ -860,152 +749,6 @@ class TabletopEnv(BaseEnv):
                 f"each environment"
             )
         return values
-
-
-class Articulations(Articulation):
-    """The same articulation in several scenes on a CPU. ManiSkill's own has the joints of the first one alone."""
-
-    @property
-    def qpos(self):
-        return torch.from_numpy(np.stack([one.qpos for one in self._objs]))
-
-    @property
-    def qvel(self):
-        return torch.from_numpy(np.stack([one.qvel for one in self._objs]))
-
-
-def _merge(name: str, values: list):
-    """What scenes on a CPU have each, as one of B rows, like a GPU's. UserError if that cannot be."""
-    first = values[0]
-    if isinstance(first, Actor | Link):
-        objects = [one for value in values for one in value._objs]
-        bodies = [one for value in values for one in value._bodies]
-        return replace(first, _objs=objects, _bodies=bodies, _scene_idxs=torch.zeros(len(objects)))
-    if isinstance(first, Articulation):
-        objects = [one for value in values for one in value._objs]
-        return Articulations.create_from_physx_articulations(objects, first.scene, torch.zeros(len(objects)))
-    if isinstance(first, Tensor):
-        return torch.cat(values)
-    if isinstance(first, list | tuple):
-        return [_merge(name, list(each)) for each in zip(*values)]
-    if isinstance(first, bool | int | float | str) and len(set(values)) > 1:
-        raise UserError(f"{name} is {first} in one environment and not in another: make it a tensor [num_envs]")
-    return first
-
-
-def as_one(worlds: Sequence[TabletopEnv]) -> TabletopEnv:
-    """Worlds with a scene each as one environment of B rows, to compute with: success, potential, states.
-
-    A copy of the first whose objects are those of all; what a task has written for [B] environments runs on it.
-    """
-    view = copy.copy(worlds[0])
-    view.num_envs = len(worlds)
-    view.domain = None  # each has its own, and so many actions pending
-    view._pending = None
-    for name in vars(view).keys() - view._common:
-        setattr(view, name, _merge(f"{type(view).__name__}.{name}", [getattr(world, name) for world in worlds]))
-    view.agent = copy.copy(view.agent)
-    view.agent.robot = _merge("", [world.agent.robot for world in worlds])
-    view.agent.tcp = _merge("", [world.agent.tcp for world in worlds])
-    return view
-
-
-class Batch:
-    """The worlds of a process, computed at once but for what goes one by one: PhysX and the camera of each on a CPU.
-
-    B rows: on a CPU of B worlds, each with a scene and a domain of its own; on a GPU of one world with B scenes.
-    """
-
-    def __init__(self, worlds: Sequence[TabletopEnv]):
-        self.worlds = worlds
-        self.sizes = [world.num_envs for world in worlds]
-        self.view = worlds[0] if len(worlds) == 1 else as_one(worlds)
-        self.tensors = []  # of the task's own, which its reset may write
-        if len(worlds) > 1:
-            new = vars(self.view).keys() - self.view._common
-            self.tensors = [name for name in new if isinstance(getattr(self.view, name), Tensor)]
-
-    def _by_world(self, rows):
-        """Each world that has some of `rows`, with these and with their places in it."""
-        first = 0
-        for world, size in zip(self.worlds, self.sizes):
-            mine = [row for row in rows if first <= row < first + size]
-            if mine:
-                yield world, mine, [row - first for row in mine]
-            first += size
-
-    def reset(self, seeds: dict[int, int]) -> dict:
-        """Start anew the rows that have a seed, and no others -> `observe` of them."""
-        if not seeds:
-            return {}
-        obs = {}
-        for world, rows, places in self._by_world(seeds):
-            options = dict(env_idx=torch.tensor(places, device=world.device))
-            obs[world], _ = world.reset([seeds[row] for row in rows], options)
-            for name in self.tensors:
-                getattr(self.view, name)[rows] = getattr(world, name)[places]
-        return self.observe(seeds, obs)
-
-    def observe(self, rows: Sequence[int] | dict, obs: dict | None = None) -> dict:
-        """What policies see of `rows`: {row: (image uint8 [H,W,3], state float32 [7])}, with `TabletopEnv.picture`'s
-        `obs` of worlds that were reset just now."""
-        seen = {}
-        if not rows:
-            return seen
-        state = self.view.proprioception().cpu().numpy()
-        for world, mine, places in self._by_world(rows):
-            image = world.picture(places, (obs or {}).get(world)).cpu().numpy()
-            seen.update((row, (image[i], state[row])) for i, row in enumerate(mine))
-        return seen
-
-    def step(
-        self, actions: Tensor, rows: Sequence[int], frames: list | None = None, snapshots: list | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Execute a chunk [B,C,7] open loop in `rows`; the others stand still -> reward [B] (sum over the chunk),
-        terminated [B] (success), truncated [B] (out of time).
-
-        An episode that ends inside the chunk collects nothing more, and stands still while others go on. `frames` has a
-        list for each row, which is given a video frame [H,W,3] of each control step; `snapshots` the same with a
-        `snapshot` [D].
-        """
-        view = self.view
-        controllers = [world.agent.controller for world in self.worlds]
-        executed = [world.delayed(chunk) for world, chunk in zip(self.worlds, actions.split(self.sizes))]
-        held = torch.cat([controller.targets for controller in controllers])
-        elapsed = torch.cat([world._elapsed_steps for world in self.worlds])
-        before = torch.cat([world._potential for world in self.worlds])
-        running = torch.zeros(len(actions), dtype=torch.bool, device=view.device)
-        running[list(rows)] = True
-        terminated = torch.zeros_like(running)
-        truncated = torch.zeros_like(running)
-        for target in joint_targets(controllers, torch.cat(executed)).unbind(1):
-            held = torch.where(running[:, None], target, held)
-            for world, goes, targets in zip(self.worlds, running.split(self.sizes), held.split(self.sizes)):
-                if goes.any():  # on a GPU the scenes of ended episodes go on, held where they are
-                    world.advance(targets)
-            elapsed = elapsed + running
-            success = view.success()
-            terminated = terminated | running & success
-            truncated = truncated | running & ~success & (elapsed >= view.max_episode_steps)
-            if frames or snapshots:
-                self._record(running.nonzero()[:, 0].tolist(), frames, snapshots)
-            running = running & ~(terminated | truncated)
-            if not running.any():
-                break
-        # The rewards' sum: of the potential's changes only the ends remain.
-        potential = view._of_each("potential()", view.potential())
-        for world, steps, height in zip(self.worlds, elapsed.split(self.sizes), potential.split(self.sizes)):
-            world._elapsed_steps = steps
-            world._potential = height
-        return terminated + potential - before, terminated, truncated
-
-    def _record(self, rows, frames, snapshots):
-        for world, mine, places in self._by_world(rows):
-            for row, place in zip(mine, places):
-                if frames:
-                    frames[row].append(world.render_rgb_array()[place].cpu().numpy())
-                if snapshots:
-                    snapshots[row].append(world.snapshot()[place].cpu().numpy())
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------------
@@ -1439,109 +1182,6 @@ def demonstrations(task: str, domain: Domain, seeds: Sequence[int], **kwargs) ->
 # ---- vectorised environment -------------------------------------------------------------------------------------
 
 
-# Not multiprocessing's way, by which each worker would import the calling script with its policy. A worker imports with
-# low priority, so as not to starve what trains in front meanwhile, and then runs with the usual one.
-START_WORKER = """
-import os, sys, threading
-sys.path.insert(0, {folder!r})
-
-def load():
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
-    import envs
-
-loading = threading.Thread(target=load)
-loading.start()
-loading.join()
-import envs
-envs._worker({pipe})
-"""
-
-
-def _make_worlds(task, domains, kwargs):
-    """A world for each domain; with sim_backend="physx_cuda" one of so many scenes, which then have one domain."""
-    if kwargs.get("sim_backend") == "physx_cuda":
-        if len(set(domains)) > 1:
-            raise UserError("worlds with domains of their own are simulated on a CPU: leave out sim_backend=physx_cuda")
-        return [make(task, domains[0], num_envs=len(domains), **kwargs)]
-    worlds = []
-    for domain in domains:
-        gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
-        worlds.append(make(task, domain, **kwargs))
-    return worlds
-
-
-def _worker(pipe: int):
-    """Steps several environments in one process: a ManiSkill process takes half a GB, one more scene almost nothing."""
-    torch.set_num_threads(1)
-    pipe = Connection(pipe)
-    task, domains, stride, kwargs = pipe.recv()
-    try:
-        batch = Batch(_make_worlds(task, domains, kwargs))
-        seeds = [0] * len(domains)
-        while True:
-            command, rows, auto_reset, video = pipe.recv()
-            asked = {i: row for i, row in enumerate(rows) if row is not None}
-            if command == "reset":
-                seen = batch.reset(asked)
-                replies = [seen.get(i) for i in range(len(rows))]
-                for i in asked:
-                    seeds[i] = asked[i]
-            elif asked:
-                replies = _step(batch, asked, auto_reset, video, seeds, stride)
-            else:
-                replies = [None] * len(rows)
-            pipe.send(replies)
-    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):  # the parent is gone
-        pass
-    except UserError as error:  # one clear line, from `make`
-        pipe.send(error)
-    except Exception as error:  # raised in the parent, with the place where it happened
-        pipe.send(RuntimeError(f"an environment worker failed: {error}\n{traceback.format_exc()}"))
-
-
-def _step(batch, chunks, auto_reset, video, seeds, stride):
-    """A worker's replies to chunks [C,7] by row: what is seen, reward, terminated, truncated, the length so far, the
-    last observation of what was truncated, frames, snapshots; None in rows that have no chunk."""
-    actions = torch.zeros(len(seeds), *next(iter(chunks.values())).shape, device=batch.view.device)
-    for i, chunk in chunks.items():
-        actions[i] = torch.from_numpy(chunk)
-    frames = [[] for _ in seeds] if video else None
-    snapshots = None if auto_reset else [[] for _ in seeds]
-    reward, terminated, truncated = (values.tolist() for values in batch.step(actions, chunks, frames, snapshots))
-    length = torch.cat([world.elapsed_steps for world in batch.worlds]).tolist()  # before a reset
-    # What was truncated is seen once more, to bootstrap its value from; what succeeded is not.
-    late = [i for i in chunks if truncated[i] and auto_reset]
-    seen = batch.observe(late + [i for i in chunks if not terminated[i] and not truncated[i]])
-    final = {i: seen.pop(i) for i in late}
-    if auto_reset:
-        ended = [i for i in chunks if terminated[i] or truncated[i]]
-        for i in ended:
-            seeds[i] += stride
-        seen |= batch.reset({i: seeds[i] for i in ended})
-    replies = [None] * len(seeds)
-    for i in chunks:
-        recorded = [frames and frames[i], snapshots and snapshots[i]]
-        replies[i] = (seen.get(i), reward[i], terminated[i], truncated[i], length[i], final.get(i), *recorded)
-    return replies
-
-
-def receive(pipe: Connection, process: subprocess.Popen):
-    """What a worker answers. UserError if it was killed, or hangs."""
-    if not pipe.poll(HANGS):
-        process.kill()  # it would outlive this process
-        raise UserError(f"an environment worker has hung for {HANGS / 60:.0f} minutes; the same command goes on")
-    try:
-        reply = pipe.recv()
-    except (EOFError, ConnectionResetError):
-        why = "its message is above"
-        if process.wait() == -signal.SIGKILL:
-            why = "killed, as happens where memory runs out: take fewer worlds; the same command goes on"
-        raise UserError(f"an environment worker died: {why}") from None
-    if isinstance(reply, BaseException):
-        raise reply
-    return reply
-
-
 AT_ONCE = 32  # observations that a policy evaluates together: OpenVLA-7B remembers 0.2 GB of each
 
 
@@ -1592,17 +1232,15 @@ class VecEnv:
             self.processes.append(process)
 
     def _exchange(self, command, rows, auto_reset=True, video=False):
-        """Send environments by their number what they need, a seed or a chunk -> replies, None for the others."""
+        """Send environments by their number what they need, a seed or a chunk -> their replies by number."""
         for pipe, indices in zip(self.pipes, self.slices):
-            try:
-                pipe.send((command, [rows.get(i) for i in indices], auto_reset, video))
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # the worker is gone; what it had to say is in the pipe
-        replies = [None] * self.num_envs
+            asked = {place: rows[i] for place, i in enumerate(indices) if i in rows}
+            with suppress(BrokenPipeError, ConnectionResetError):  # it is gone; what it had to say is in the pipe
+                pipe.send((command, asked, auto_reset, video))
+        replies = {}
         for pipe, process, indices in zip(self.pipes, self.processes, self.slices):
-            for i, reply in zip(indices, receive(pipe, process)):
-                replies[i] = reply
-        return replies
+            replies |= {indices[place]: reply for place, reply in receive(pipe, process).items()}
+        return {i: replies[i] for i in rows}
 
     def _stack(self, seen):
         image, state = (torch.from_numpy(np.stack(column)) for column in zip(*seen))
@@ -1612,7 +1250,7 @@ class VecEnv:
         """Start every environment anew -> observation. Environment i plays the episodes seed + i, seed + i + num_envs,
         ...; of a share, i and num_envs count all."""
         seeds = {i: seed + self.first + self.stride * i for i in range(self.num_envs)}
-        return self._stack(self._exchange("reset", seeds))
+        return self._stack(self._exchange("reset", seeds).values())
 
     def step(self, actions: Tensor) -> tuple[dict, Tensor, Tensor, Tensor, dict]:
         """actions float32 [B,C,7] -> observation, reward [B] (sum over the chunk), terminated [B] (success), truncated
@@ -1623,7 +1261,7 @@ class VecEnv:
         the episode's length so far in control steps.
         """
         replies = self._exchange("step", dict(enumerate(np.asarray(actions, np.float32))))
-        seen, reward, terminated, truncated, length, final, *_ = zip(*replies)
+        seen, reward, terminated, truncated, length, final, *_ = zip(*replies.values())
         final = [f for f in final if f is not None]
         info = dict(length=torch.tensor(length), final_obs=self._stack(final) if final else None)
         return self._stack(seen), torch.tensor(reward), torch.tensor(terminated), torch.tensor(truncated), info
@@ -1662,7 +1300,7 @@ class VecEnv:
                         success[first + i] = terminated
                         length[first + i] = steps
                         reward[first + i] += gain
-                        frames[first + i] += filmed or []
+                        frames[first + i] += filmed
                         snapshots[first + i] += recorded
                         bar.update(terminated or truncated)
                     running = [i for i in running if seen[i] is not None]
@@ -1675,6 +1313,313 @@ class VecEnv:
                 process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+# ---- the worlds of a process ------------------------------------------------------------------------------------
+
+
+# Not multiprocessing's way, by which each worker would import the calling script with its policy.
+START_WORKER = "import sys; sys.path.insert(0, {folder!r}); import envs; envs._worker({pipe})"
+
+
+def receive(pipe: Connection, process: subprocess.Popen):
+    """What a worker answers. UserError if it was killed, or hangs."""
+    if not pipe.poll(HANGS):
+        process.kill()  # it would outlive this process
+        raise UserError(f"an environment worker has hung for {HANGS / 60:.0f} minutes; the same command goes on")
+    try:
+        reply = pipe.recv()
+    except (EOFError, ConnectionResetError):
+        why = "its message is above"
+        if process.wait() == -signal.SIGKILL:
+            why = "killed, as happens where memory runs out: take fewer worlds; the same command goes on"
+        raise UserError(f"an environment worker died: {why}") from None
+    if isinstance(reply, BaseException):
+        raise reply
+    return reply
+
+
+def _worker(pipe: int):
+    """Steps several environments in one process: a ManiSkill process takes half a GB, one more scene almost nothing."""
+    torch.set_num_threads(1)
+    pipe = Connection(pipe)
+    task, domains, stride, kwargs = pipe.recv()
+    try:
+        batch = Batch(_make_worlds(task, domains, kwargs))
+        seeds = {}  # of the episode that each row plays
+        while True:
+            command, asked, auto_reset, video = pipe.recv()
+            if command == "reset":
+                seeds |= asked
+                pipe.send(batch.reset(asked))
+            else:
+                pipe.send(_step(batch, asked, auto_reset, video, seeds, stride))
+    except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):  # the parent is gone
+        pass
+    except UserError as error:  # one clear line, from `make`
+        pipe.send(error)
+    except Exception as error:  # raised in the parent, with the place where it happened
+        pipe.send(RuntimeError(f"an environment worker failed: {error}\n{traceback.format_exc()}"))
+
+
+def _make_worlds(task, domains, kwargs):
+    """A world for each domain; with sim_backend="physx_cuda" one of so many scenes, which then have one domain."""
+    if kwargs.get("sim_backend") == "physx_cuda":
+        if len(set(domains)) > 1:
+            raise UserError("worlds with domains of their own are simulated on a CPU: leave out sim_backend=physx_cuda")
+        return [make(task, domains[0], num_envs=len(domains), **kwargs)]
+    worlds = []
+    for domain in domains:
+        gc.freeze()  # ManiSkill collects garbage for each new scene: let it not walk over all the older ones
+        worlds.append(make(task, domain, **kwargs))
+    return worlds
+
+
+def _step(batch, chunks, auto_reset, video, seeds, stride):
+    """A worker's replies to chunks [C,7] by row: what is seen (None at the end of an episode without `auto_reset`),
+    reward, terminated, truncated, the length so far, the last observation of what was truncated, frames, snapshots."""
+    if not chunks:
+        return {}
+    actions = torch.zeros(sum(batch.sizes), *next(iter(chunks.values())).shape, device=batch.view.device)
+    for i, chunk in chunks.items():
+        actions[i] = torch.from_numpy(chunk)
+    frames = {i: [] for i in chunks}
+    snapshots = {i: [] for i in chunks}
+    result = batch.step(actions, chunks, frames if video else None, None if auto_reset else snapshots)
+    reward, terminated, truncated = (values.tolist() for values in result)
+    length = torch.cat([world.elapsed_steps for world in batch.worlds]).tolist()  # before a reset
+    # What was truncated is seen once more, to bootstrap its value from; what succeeded is not.
+    late = [i for i in chunks if truncated[i] and auto_reset]
+    seen = batch.observe(late + [i for i in chunks if not terminated[i] and not truncated[i]])
+    final = {i: seen.pop(i) for i in late}
+    if auto_reset:
+        ended = [i for i in chunks if terminated[i] or truncated[i]]
+        for i in ended:
+            seeds[i] += stride
+        seen |= batch.reset({i: seeds[i] for i in ended})
+    return {
+        i: (seen.get(i), reward[i], terminated[i], truncated[i], length[i], final.get(i), frames[i], snapshots[i])
+        for i in chunks
+    }
+
+
+class Batch:
+    """The worlds of a process, computed at once but for what goes one by one: PhysX and the camera of each on a CPU.
+
+    B rows: on a CPU of B worlds, each with a scene and a domain of its own; on a GPU of one world with B scenes.
+    """
+
+    def __init__(self, worlds: Sequence[TabletopEnv]):
+        self.worlds = worlds
+        self.sizes = [world.num_envs for world in worlds]
+        self.view = worlds[0] if len(worlds) == 1 else as_one(worlds)
+        self.tensors = []  # of the task's own, which its reset may write
+        if len(worlds) > 1:
+            new = vars(self.view).keys() - self.view._common
+            self.tensors = [name for name in new if isinstance(getattr(self.view, name), Tensor)]
+
+    def _by_world(self, rows):
+        """Each world that has some of `rows`, with these and with their places in it."""
+        first = 0
+        for world, size in zip(self.worlds, self.sizes):
+            mine = [row for row in rows if first <= row < first + size]
+            if mine:
+                yield world, mine, [row - first for row in mine]
+            first += size
+
+    def reset(self, seeds: dict[int, int]) -> dict:
+        """Start anew the rows that have a seed, and no others -> `observe` of them."""
+        if not seeds:
+            return {}
+        obs = {}
+        for world, rows, places in self._by_world(seeds):
+            options = dict(env_idx=torch.tensor(places, device=world.device))
+            obs[world], _ = world.reset([seeds[row] for row in rows], options)
+            for name in self.tensors:
+                getattr(self.view, name)[rows] = getattr(world, name)[places]
+        return self.observe(seeds, obs)
+
+    def observe(self, rows: Sequence[int] | dict, obs: dict | None = None) -> dict:
+        """What policies see of `rows`: {row: (image uint8 [H,W,3], state float32 [7])}, with `TabletopEnv.picture`'s
+        `obs` of worlds that were reset just now."""
+        seen = {}
+        if not rows:
+            return seen
+        state = self.view.proprioception().cpu().numpy()
+        for world, mine, places in self._by_world(rows):
+            image = world.picture(places, (obs or {}).get(world)).cpu().numpy()
+            seen.update((row, (image[i], state[row])) for i, row in enumerate(mine))
+        return seen
+
+    def step(
+        self, actions: Tensor, rows: Sequence[int], frames: dict | None = None, snapshots: dict | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Execute a chunk [B,C,7] open loop in `rows`; the others stand still -> reward [B] (sum over the chunk),
+        terminated [B] (success), truncated [B] (out of time).
+
+        An episode that ends inside the chunk collects nothing more, and stands still while others go on. `frames` has a
+        list by row, which is given a video frame [H,W,3] of each control step; `snapshots` the same with a `snapshot`.
+        """
+        view = self.view
+        controllers = [world.agent.controller for world in self.worlds]
+        executed = [world.delayed(chunk) for world, chunk in zip(self.worlds, actions.split(self.sizes))]
+        held = torch.cat([controller.targets for controller in controllers])
+        elapsed = torch.cat([world._elapsed_steps for world in self.worlds])
+        before = torch.cat([world._potential for world in self.worlds])
+        running = torch.zeros(len(actions), dtype=torch.bool, device=view.device)
+        running[list(rows)] = True
+        terminated = torch.zeros_like(running)
+        truncated = torch.zeros_like(running)
+        for target in joint_targets(controllers, torch.cat(executed)).unbind(1):
+            held = torch.where(running[:, None], target, held)
+            for world, goes, targets in zip(self.worlds, running.split(self.sizes), held.split(self.sizes)):
+                if goes.any():  # on a GPU the scenes of ended episodes go on, held where they are
+                    world.advance(targets)
+            elapsed = elapsed + running
+            success = view.success()
+            terminated = terminated | running & success
+            truncated = truncated | running & ~success & (elapsed >= view.max_episode_steps)
+            if frames or snapshots:
+                self._record(running.nonzero()[:, 0].tolist(), frames, snapshots)
+            running = running & ~(terminated | truncated)
+            if not running.any():
+                break
+        # The rewards' sum: of the potential's changes only the ends remain.
+        potential = view._of_each("potential()", view.potential())
+        for world, steps, height in zip(self.worlds, elapsed.split(self.sizes), potential.split(self.sizes)):
+            world._elapsed_steps = steps
+            world._potential = height
+        return terminated + potential - before, terminated, truncated
+
+    def _record(self, rows, frames, snapshots):
+        for world, mine, places in self._by_world(rows):
+            for row, place in zip(mine, places):
+                if frames:
+                    frames[row].append(world.render_rgb_array()[place].cpu().numpy())
+                if snapshots:
+                    snapshots[row].append(world.snapshot()[place].cpu().numpy())
+
+
+def as_one(worlds: Sequence[TabletopEnv]) -> TabletopEnv:
+    """Worlds with a scene each as one environment of B rows, to compute with: success, potential, states.
+
+    A copy of the first whose objects are those of all; what a task has written for [B] environments runs on it.
+    """
+    view = copy.copy(worlds[0])
+    view.num_envs = len(worlds)
+    view.domain = None  # each has its own, and so many actions pending
+    view._pending = None
+    for name in vars(view).keys() - view._common:
+        setattr(view, name, _merge(f"{type(view).__name__}.{name}", [getattr(world, name) for world in worlds]))
+    view.agent = copy.copy(view.agent)
+    view.agent.robot = _merge("", [world.agent.robot for world in worlds])
+    view.agent.tcp = _merge("", [world.agent.tcp for world in worlds])
+    return view
+
+
+def _merge(name: str, values: list):
+    """What scenes on a CPU have each, as one of B rows, like a GPU's. UserError if that cannot be."""
+    first = values[0]
+    if isinstance(first, Actor | Link):
+        objects = [one for value in values for one in value._objs]
+        bodies = [one for value in values for one in value._bodies]
+        return replace(first, _objs=objects, _bodies=bodies, _scene_idxs=torch.zeros(len(objects)))
+    if isinstance(first, Articulation):
+        objects = [one for value in values for one in value._objs]
+        return Articulations.create_from_physx_articulations(objects, first.scene, torch.zeros(len(objects)))
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    if isinstance(first, list | tuple):
+        return [_merge(name, list(each)) for each in zip(*values)]
+    if isinstance(first, bool | int | float | str) and len(set(values)) > 1:
+        raise UserError(f"{name} is {first} in one environment and not in another: make it a tensor [num_envs]")
+    return first
+
+
+class Articulations(Articulation):
+    """The same articulation in several scenes on a CPU. ManiSkill's own has the joints of the first one alone."""
+
+    @property
+    def qpos(self):
+        return torch.from_numpy(np.stack([one.qpos for one in self._objs]))
+
+    @property
+    def qvel(self):
+        return torch.from_numpy(np.stack([one.qvel for one in self._objs]))
+
+
+# ---- files for SAPIEN -------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where edited copies of others' files go, in the user's home and never in site-packages. They are named by their
+    content: never out of date."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlco"
+
+
+def lowpoly_urdf(color: Vector) -> str:
+    """Path of a Panda URDF whose visuals are its convex collision shapes, painted `color`.
+
+    The stock visuals have 135,548 triangles, which is the whole cost of rendering in software.
+    """
+    source = Path(PACKAGE_ASSET_DIR) / "robots/panda/panda_v2.urdf"
+    robot = ET.parse(source).getroot()
+    for link in robot.iter("link"):
+        for visual in link.findall("visual"):
+            link.remove(visual)
+        for collision in link.findall("collision"):
+            for mesh in collision.iter("mesh"):
+                # Meshes are named relative to the URDF's folder, which the copy leaves: make that absolute. Beside most
+                # of them lies their convex hull, which is what physics uses and has the fewest triangles.
+                stl = source.parent / mesh.get("filename")
+                convex = stl.with_name(stl.name + ".convex.stl")
+                mesh.set("filename", str(convex if convex.exists() else stl))
+            visual = ET.SubElement(link, "visual")
+            visual.extend(collision)
+            # SAPIEN looks materials up by name, in the whole file: a name for each link, or all get the first's shade.
+            material = ET.SubElement(visual, "material", name=f"paint of {link.get('name')}")
+            shade = 0.3 if "finger" in link.get("name") else 1.0
+            ET.SubElement(material, "color", rgba=" ".join(str(c * shade) for c in color) + " 1")
+    urdf = ET.tostring(robot)
+    path = cache_folder() / f"panda_{hashlib.sha1(urdf).hexdigest()[:10]}.urdf"
+    if not path.exists():
+        # SAPIEN reads from the SRDF beside it which links may touch, so that has to be there before the URDF is.
+        write_file(path.with_suffix(".srdf"), source.with_suffix(".srdf").read_bytes())
+        write_file(path, urdf)
+    return str(path)
+
+
+def shader_for_cpus() -> ShaderConfig:
+    """SAPIEN's "minimal" shaders without reflections of a surrounding (an environment map), which no scene here has.
+
+    Software rendering compiles their samplers in six seconds of every process, and spends a quarter of a picture on
+    them; pictures are the same to the last bit. Where SAPIEN's text is not the one that is edited here, the stock one.
+    """
+    stock = Path(sapien.__file__).parent / "vulkan_shader/minimal"
+    edits = {
+        r"vec3 (getBackgroundColor|diffuseIBL|specularIBL)\((.*\n)*?}\n": "",
+        r"  vec3 wnormal = (.*\n)*?(?=  color \+= sceneBuffer.ambientLight)": "",
+        r"layout.* (samplerEnvironment|samplerBRDFLUT);\n": "",
+        r"(?<=vec3 bg = ).*;": "vec3(0);",
+        r'(?<=#include ")\.\.': str(stock.parent),
+    }
+    files = {path.name: path.read_text() for path in sorted(stock.iterdir())}
+    for name in files:
+        for pattern, replacement in edits.items():
+            files[name] = re.sub(pattern, replacement, files[name])
+    config = PREBUILT_SHADER_CONFIGS["minimal"]
+    text = "".join(files.values())
+    if re.search("getBackgroundColor|IBL|samplerEnvironment|samplerBRDFLUT", text):
+        return config
+    folder = cache_folder() / f"shaders_{hashlib.sha1(text.encode()).hexdigest()[:10]}"
+    for name, content in files.items():
+        if not (folder / name).exists():
+            write_file(folder / name, content.encode())
+    # What ManiSkill does for the shaders of that name, and for no others.
+    sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
+    sapien.render.set_picture_format("ColorRaw", "r8g8b8a8unorm")
+    sapien.render.set_picture_format("PositionSegmentation", "r16g16b16a16sint")
+    return replace(config, shader_pack=str(folder))
 
 
 if __name__ == "__main__":

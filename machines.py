@@ -1,4 +1,4 @@
-"""Where a run computes: the device of --device, the processes that torchrun started, and the optimizer that they share.
+"""Where a run computes: --device and --render, the processes that torchrun started, and the optimizer that they share.
 
     torchrun --nproc-per-node 8 train_rlco.py --accumulate 8    # 8 GPUs; the same numbers as on one
 
@@ -15,9 +15,11 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import signal
+import subprocess
 import sys
 import zlib
 from datetime import timedelta
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,6 +46,39 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise UserError(f"--device {device}: torch {torch.__version__} finds {found or 'no'} GPUs; see nvidia-smi")
     return device
+
+
+# A real picture: a device that is listed may still fail to render, or end the process that tries. (The Makefile has the
+# same, to try it before this file can be imported.)
+TRY_A_PICTURE = """
+import sapien
+sapien.render.set_camera_shader_dir("trivial")
+scene = sapien.Scene([sapien.physx.PhysxCpuSystem(), sapien.render.RenderSystem(sapien.Device("{device}"))])
+camera = scene.add_camera("", 8, 8, 1, 0.01, 1)
+scene.update_render()
+camera.take_picture()
+camera.get_picture("Color")
+"""
+
+
+@lru_cache
+def find_renderer(render: str) -> str:
+    """What --render means, as ManiSkill calls it: "cpu", "gpu", or with "auto" the GPU if it renders a picture. Of
+    several GPUs it is the process's own (torchrun's LOCAL_RANK). UserError if "gpu" does not render."""
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if render not in ("auto", "gpu"):
+        return render
+    if render == "auto" and not torch.cuda.is_available():
+        return "cpu"
+    tried = subprocess.run([sys.executable, "-c", TRY_A_PICTURE.format(device=gpu)], capture_output=True, text=True)
+    if tried.returncode == 0:
+        return gpu
+    why = (tried.stderr.strip().splitlines() or [f"the process ended with {tried.returncode}"])[-1]
+    advice = "containers lack NVIDIA's Vulkan files unless NVIDIA_DRIVER_CAPABILITIES has graphics"
+    if render == "gpu":
+        raise UserError(f"--render gpu: {gpu} renders no picture ({why}); {advice}")
+    tqdm.write(f"pictures are rendered on the CPU: {gpu} renders none ({why}); {advice}", file=sys.stderr)
+    return "cpu"
 
 
 def say_if_slow(seconds: float, ways: str) -> None:

@@ -298,7 +298,7 @@ def test_every_episode_gets_its_own_actions_however_early_others_end():
                 done and seed % 2 == 1,
                 self.steps[row],
                 None,
-                None,
+                [],
                 [],
             )
 
