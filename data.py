@@ -27,7 +27,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Literal
@@ -120,15 +120,15 @@ def statistics(
         stats = {name: np.stack([x[name] for x in each]) for name in ("mean", "std", "min", "max", "q01", "q99")}
         mean = (weights * stats["mean"]).sum(0)
         variance = (weights * (stats["std"] ** 2 + (stats["mean"] - mean) ** 2)).sum(0)
-        low = stats["q01"].min(0)
-        high = stats["q99"].max(0)
         least = stats["min"].min(0)
         most = stats["max"].max(0)
-        total = dict(mean=mean, std=variance**0.5, min=least, max=most)
+        low = stats["q01"].min(0)
+        high = stats["q99"].max(0)
         rare = high - low < STILL
         low = np.where(rare, least, low)
         high = np.where(rare, most, high)
-        total |= dict(q01=low, q99=np.where(high - low < STILL, low, high))
+        high = np.where(high - low < STILL, low, high)
+        total = dict(mean=mean, std=variance**0.5, min=least, max=most, q01=low, q99=high)
         result[key] = {name: x.tolist() for name, x in total.items()}
     return result
 
@@ -445,15 +445,16 @@ def load_dataset(
             raise UserError(f"{episode.image_file}: missing; the images of episode {episode.index} are in it")
 
     image_shape = (image_size, image_size, 3) if image_size else meta.image_shape
-    if image_size and image_size > min(meta.image_shape[:2]):
-        height, width, _ = meta.image_shape
+    height, width, _ = meta.image_shape
+    if image_size and image_size > min(height, width):
         raise UserError(
             f"{path} has pictures of {height} x {width} pixels, the policy sees {image_size}: "
             f"collect or record it with --image-size {image_size} (and another --out), or choose a smaller policy"
         )
     if image_shape != meta.image_shape:
-        shapes = ["{} x {}".format(*shape[:2]) for shape in (meta.image_shape, image_shape)]
-        meta.notes.append(f"the square middle of its {shapes[0]} pixels is scaled to {shapes[1]}")
+        meta.notes.append(
+            f"the square middle of its {height} x {width} pixels is scaled to {image_size} x {image_size}"
+        )
     frames = FramesOnDisk(meta.episodes, bounds, rows["place"], meta.image_shape, image_shape, meta.image_column)
     if bounds[-1] * math.prod(image_shape) <= max_bytes:
         frames = frames.decode(np.arange(bounds[-1]))
@@ -491,9 +492,8 @@ def _find_on_hub(name: str) -> Path:
     if (home / name).is_dir():
         return home / name
     for cache in (home / "hub", Path(constants.HF_HUB_CACHE)):
-        for snapshot in sorted(cache.glob(f"datasets--{name.replace('/', '--')}/snapshots/*"), key=os.path.getmtime)[
-            ::-1
-        ]:
+        snapshots = cache.glob(f"datasets--{name.replace('/', '--')}/snapshots/*")
+        for snapshot in sorted(snapshots, key=os.path.getmtime, reverse=True):
             if any(snapshot.glob("**/data/*/*.parquet")):  # lerobot first fetches `meta` alone
                 return snapshot
     try:
@@ -568,13 +568,7 @@ def _read_meta(root, camera) -> Metadata:
             raise UserError(f"{root}: info.json says pictures of {height} x {width} pixels")
         tasks = _read_tasks(root, info)
         return Metadata(root, info["fps"], keys, names, image_column, shape, episodes, tasks, notes)
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        StopIteration,
-    ) as error:  # JSON lacks or has other things
+    except (LookupError, TypeError, AttributeError, ValueError, StopIteration) as error:  # JSON of another content
         raise UserError(f"{root}/meta: corrupt or incomplete ({error!r})") from None
 
 
@@ -859,9 +853,8 @@ def _to_own_units(meta, rows, bounds) -> None:
     alike = product / max(1e-9, np.sqrt(np.square(commanded).sum() * np.square(moved).sum()))
     times = product / max(1e-9, np.square(moved).sum())
     if len(start) > 4 * FEW and abs(alike) > 0.8 and not 1 / 3 < times < 3:
-        _refuse(
-            meta, ACTION, f"adds up to {times:.3g} times the way of the state: not in m a step, or in another frame"
-        )
+        why = f"adds up to {times:.3g} times the way of the state: not in m a step, or in another frame"
+        _refuse(meta, ACTION, why)
 
     tool = Rotation.from_euler("xyz", state[:, 3:6]) * DOWN
     before = tool[start]
@@ -895,15 +888,11 @@ def _own_gripper(meta, state, action) -> None:
         from_zero[key] = -0.05 < x.min() < 0.2 and 0.8 < x.max() < 1.05
         if len(x) < FEW:  # only what is certain
             from_zero[key] = set(x.tolist()) == {0, 1}
-    if (
-        len(action) >= FEW
-        and not in_metres[ACTION]
-        and np.ptp(columns[ACTION]) > 0.005
-        and np.abs(columns[ACTION]).max() < 0.2
-    ):
-        _refuse(
-            meta, ACTION, f"has a gripper of at most {np.abs(columns[ACTION]).max():.3g}: joint angles or velocities"
-        )
+    told = columns[ACTION]
+    shown = columns[STATE]
+    widest = np.abs(told).max()
+    if len(told) >= FEW and not in_metres[ACTION] and np.ptp(told) > 0.005 and widest < 0.2:
+        _refuse(meta, ACTION, f"has a gripper of at most {widest:.3g}: joint angles or velocities")
     for key, x in columns.items():
         if in_metres[key]:
             full = 0.04 if x.max() < 0.0405 else max(0.08, x.max())  # of one finger, or between both
@@ -914,8 +903,6 @@ def _own_gripper(meta, state, action) -> None:
             meta.notes.append(f"{meta.keys[key]}: gripper from 0 (taken for closed) .. 1 (open) to -1 .. 1")
             x[:] = x * 2 - 1
 
-    told = columns[ACTION]
-    shown = columns[STATE]
     if len(told) < 4 * FEW or np.ptp(told) < 0.5 or np.ptp(shown) < 0.3:
         return
     with np.errstate(invalid="ignore", divide="ignore"):  # the hand moves some steps after it was told to
@@ -988,10 +975,12 @@ class FramesOnDisk:
         return out
 
 
-def square_picture(picture: np.ndarray, size: int) -> np.ndarray:
-    """The square middle of a picture uint8 [H,W,3], scaled to [size,size,3], as robot.Camera takes the arm's."""
-    side = min(picture.shape[:2])
-    top, left = ((length - side) // 2 for length in picture.shape[:2])
+def square_picture(picture: np.ndarray, size: int, share: float = 1.0) -> np.ndarray:
+    """The square middle of a picture uint8 [H,W,3], no higher than `share` of it, scaled to [size,size,3]."""
+    height, width, _ = picture.shape
+    side = min(height, width, round(height * share))
+    top = (height - side) // 2
+    left = (width - side) // 2
     square = Image.fromarray(picture[top : top + side, left : left + side])
     return np.asarray(square.resize((size, size), Image.BOX if side >= size else Image.BILINEAR))
 
@@ -1201,8 +1190,9 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 def in_order(pool: ProcessPoolExecutor, function: Callable, arguments: Iterable[tuple]) -> Iterator:
     """`function` of all these arguments, as a `worker_pool` computes them."""
-    for future in [pool.submit(function, *each) for each in arguments]:
-        yield future.result(HANGS)
+    pending = deque(pool.submit(function, *each) for each in arguments)
+    while pending:
+        yield pending.popleft().result(HANGS)  # and forgotten: together they may be larger than the memory
 
 
 def _init_worker():
@@ -1217,14 +1207,10 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _demonstrate_block(task, domain, seeds, settings):
-    import envs
-
-    return envs.demonstrations(task, domain, seeds, **settings)
-
-
 def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict]:
     """Yield `num` successful demonstrations in the order of their seeds, whichever worker is first."""
+    import envs
+
     kept = 0
     failures = 0
     pending = deque()  # blocks that workers play, in the order of their seeds
@@ -1237,7 +1223,7 @@ def _demonstrate(task, domain, num, first_seed, pool, settings) -> Iterator[dict
                 while len(pending) < min(2 * len(os.sched_getaffinity(0)), needed):
                     start = next(starts)
                     seeds = range(start, start + SEEDS_PER_BLOCK)
-                    pending.append(pool.submit(_demonstrate_block, task, domain, seeds, settings))
+                    pending.append(pool.submit(envs.demonstrations, task, domain, seeds, **settings))
                 for episode in pending.popleft().result(HANGS):
                     if not episode["success"]:
                         failures += 1
@@ -1280,25 +1266,21 @@ def collect_dataset(
 EPISODES_PER_DOMAIN = 2  # of each task
 
 
-def _demonstrate_everything(first_seed, settings, number):
-    """The successful demonstrations of all tasks in a random domain, which is the first one for number 0."""
-    import envs
-
-    domain = envs.random_domain(first_seed + number)
-    seeds = range(first_seed + EPISODES_PER_DOMAIN * number, first_seed + EPISODES_PER_DOMAIN * (number + 1))
-    played = [envs.demonstrations(task, domain, seeds, **settings) for task in envs.TASKS]
-    return [episode for episodes in played for episode in episodes if episode["success"]]
-
-
 def collect_domains(num: int, out: Path, first_seed: int, pool, video: bool = False, **settings) -> int:
     """Collect scripted demonstrations of all tasks in `num` random domains (envs.random_domain) into the one dataset
     `out` -> how many. Failed episodes are dropped. A dataset that is there already is kept as it is."""
     import envs
 
     if not out.exists():
-        domains = in_order(pool, _demonstrate_everything, [(first_seed, settings, number) for number in range(num)])
-        domains = tqdm(domains, out.name, num, unit="domain")
-        write_dataset(out, itertools.chain.from_iterable(domains), envs.CONTROL_HZ, video)
+        blocks = []
+        for number in range(num):
+            domain = envs.random_domain(first_seed + number)
+            start = first_seed + EPISODES_PER_DOMAIN * number
+            blocks += [(task, domain, range(start, start + EPISODES_PER_DOMAIN)) for task in envs.TASKS]
+        played = in_order(pool, partial(envs.demonstrations, **settings), blocks)
+        played = tqdm(played, out.name, len(blocks), unit="block")
+        successes = (episode for block in played for episode in block if episode["success"])
+        write_dataset(out, successes, envs.CONTROL_HZ, video)
     return len(load_dataset(out, max_bytes=0).bounds) - 1
 
 
@@ -1366,9 +1348,8 @@ def collect(args: CollectArgs) -> None:
             out = demos_path(args.task, domain.name, held_out, args.out)
             lengths = collect_dataset(args.task, domain, num, out, first_seed, pool, args.video, **settings)
             print(f"{out}: {num} episodes, {np.median(lengths):.0f} steps in the median, {lengths.max()} at most")
-    print(
-        f"look at them: python data.py show {demos_path(args.task, args.target, folder=args.out)}; next: train_sft.py"
-    )
+    newest = demos_path(args.task, args.target, folder=args.out)
+    print(f"look at them: python data.py show {newest}; next: train_sft.py")
 
 
 if __name__ == "__main__":

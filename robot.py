@@ -157,14 +157,8 @@ class Camera:
     def read(self, size: int) -> np.ndarray:
         """The newest picture as the twin's camera would have taken it, uint8 [size,size,3]: its square middle, no wider
         than the twin's field of view."""
-        frame = self.frame
-        height, width = frame.shape[:2]
         share = math.tan(envs.TWIN.camera_fov / 2) / math.tan(self.rig.camera_fov / 2)
-        side = min(height, width, round(height * share))
-        top = (height - side) // 2
-        left = (width - side) // 2
-        square = Image.fromarray(frame[top : top + side, left : left + side])
-        return np.asarray(square.resize((size, size), Image.BOX if side >= size else Image.BILINEAR))
+        return data.square_picture(self.frame, size, share)
 
     def close(self) -> None:
         self.closed = True

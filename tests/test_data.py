@@ -924,10 +924,7 @@ def test_collect_keeps_successes_in_seed_order(tmp_path, monkeypatch):
     domain = replace(envs.TWIN, name="slow", action_delay=6)
     with data.worker_pool(workers=2) as pool:
         lengths = data.collect_dataset("push_cube", domain, 6, tmp_path / "demos", first_seed=3, pool=pool)
-        blocks = [
-            pool.submit(data._demonstrate_block, "push_cube", domain, seeds, {})
-            for seeds in (range(8, 13), range(3, 8))
-        ]
+        blocks = [pool.submit(envs.demonstrations, "push_cube", domain, seeds) for seeds in (range(8, 13), range(3, 8))]
         episodes = [e for block in reversed(blocks) for e in block.result() if e["success"]][:6]
     demos = load_dataset(tmp_path / "demos")
     assert episodes[-1]["seed"] > 3 + 5, "no failure before the last one: the test needs another domain"
