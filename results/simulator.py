@@ -3,8 +3,9 @@ in an environment of its own, as franka-sim pins numpy 1.
 
     python results/simulator.py FOLDER PORT LOST [enforce]
 
-A file FOLDER/stuck holds the fingers, FOLDER/unplugged takes the cable out. FOLDER/motion gets 8 float64 a line: the
-time (time.monotonic) and the seven joint angles. With `enforce`, LOST cycles in a row without a command are a reflex:
+A file FOLDER/stuck holds the fingers, FOLDER/unplugged takes the cable out. FOLDER/motion gets 10 float64 a line: the
+time (time.monotonic), the seven joint angles, the width of the hand (m), and the time of the simulation, which is
+slower where the machine is busy. With `enforce`, LOST cycles in a row without a command are a reflex:
 20 on a real arm, but a busy machine without a real-time kernel loses as many now and then.
 """
 
@@ -97,12 +98,13 @@ class Cable(socket.socket):
         return (b"" if (folder / "unplugged").exists() else data), sender
 
 
-def log_motion(physics) -> None:
+def log_motion(physics, hand: Hand) -> None:
     while physics.data is None:  # it is built by `start`
         time.sleep(0.1)
     with open(folder / "motion", "ab", buffering=0) as log:
         while True:
-            log.write(np.array([time.monotonic(), *physics.get_robot_state()["q"][:7]]).tobytes())
+            q = physics.get_robot_state()["q"][:7]
+            log.write(np.array([time.monotonic(), *q, hand.width, physics.data.time]).tobytes())
             time.sleep(0.01)
 
 
@@ -113,6 +115,7 @@ if __name__ == "__main__":
     enforce = "enforce" in sys.argv
     server = FrankaSimServer(port=int(sys.argv[2]), enforce_comm_constraints=enforce, enforce_motion_limits=True)
     server.comm = CommConstraintTracker(enforce=enforce, max_consecutive_lost=int(sys.argv[3]))
-    server.gripper_server = HandServer(host=server.gripper_server.host, backend=Hand())
-    threading.Thread(target=log_motion, args=(server.physics_sim,), daemon=True).start()
+    hand = Hand()
+    server.gripper_server = HandServer(host=server.gripper_server.host, backend=hand)
+    threading.Thread(target=log_motion, args=(server.physics_sim, hand), daemon=True).start()
     server.start()

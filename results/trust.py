@@ -819,6 +819,7 @@ REST = 3.0  # s after a fault within which the arm is at rest: it is noticed aft
 AGE = 1.0  # s, --max-image-age, and half of --max-silence: the defaults are 0.5, all is late now and then on busy cores
 ENDS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "closed terminal": signal.SIGHUP, "kill -9": signal.SIGKILL}
 LAST = (*ENDS, "lost connection")  # these end the program
+SAID = {"slow policy": "the policy is slow", "stuck hand": "the hand is stuck"}  # where a trial may still count
 FAULTS = (*LAST, "stale picture", "frozen picture", "NaN", "huge step", "slow policy", "stuck hand", "reflex")
 
 
@@ -845,7 +846,8 @@ class Scripted:
         elif fault == "huge step":
             actions[0, 3, 0] = 1.0
         elif fault == "slow policy":
-            time.sleep(3)
+            print("the policy is slow", flush=True)
+            time.sleep(REST)
         return SimpleNamespace(actions=actions)
 
 
@@ -884,9 +886,9 @@ def evaluate(ip: str, camera: str, folder: Path) -> None:
 
 
 def read_motion(folder: Path) -> np.ndarray:
-    """(time, seven joint angles) of the arm so far, [N,8]."""
+    """(time, seven joint angles, width of the hand, time of the simulation) of the arm so far, [N,10]."""
     content = (folder / "motion").read_bytes()
-    return np.frombuffer(content[: len(content) // 64 * 64]).reshape(-1, 8)
+    return np.frombuffer(content[: len(content) // 80 * 80]).reshape(-1, 10)
 
 
 def seconds_to_rest(motion: np.ndarray, since: float) -> float:
@@ -894,7 +896,7 @@ def seconds_to_rest(motion: np.ndarray, since: float) -> float:
     after = motion[motion[:, 0] >= since]
     for i in range(0, len(after), 5):
         window = after[(after[:, 0] >= after[i, 0]) & (after[:, 0] < after[i, 0] + 0.2)]
-        if after[-1, 0] - after[i, 0] >= 0.2 and len(window) > 3 and np.ptp(window[:, 1:], axis=0).max() < 2e-3:
+        if after[-1, 0] - after[i, 0] >= 0.2 and len(window) > 3 and np.ptp(window[:, 1:8], axis=0).max() < 2e-3:
             return after[i, 0] - since
     return float("inf")
 
@@ -1028,8 +1030,8 @@ def arm(args: Arm) -> list[str]:
             fault = FAULTS[number % len(FAULTS)]
             child = in_a_trial(child)
             time.sleep(rng.uniform(0.1, 2.5))
-            voids = said().count("does not count.")
-            stuck = said().count("the hand is stuck")
+            words = SAID.get(fault, "does not count.")
+            heard = said().count(words)
             since = time.monotonic()
             if fault in ENDS:
                 os.kill(child.pid, ENDS[fault])
@@ -1038,6 +1040,8 @@ def arm(args: Arm) -> list[str]:
             elif fault in ("stale picture", "frozen picture"):
                 camera.mode = "dropped" if fault == "stale picture" else "frozen"
             elif fault == "stuck hand":
+                # At its start's width, closed, it has arrived there: nothing would be wrong.
+                wait_for(lambda: read_motion(folder)[-1, 8] > 0.02)
                 (folder / "stuck").touch()
             elif fault == "reflex":  # the 1 kHz loop stands still
                 os.kill(child.pid, signal.SIGSTOP)
@@ -1052,18 +1056,14 @@ def arm(args: Arm) -> list[str]:
                     bad.append(f"{fault}: the program does not end")
                     child.kill()
                     child.join()
-            elif fault == "stuck hand":  # the trial goes on; on the way to the next start it is noticed
+            else:  # a program that ends by itself, as above, has brought its arm to rest, too
                 try:
-                    wait_for(lambda stuck=stuck: said().count("the hand is stuck") > stuck, 60)
+                    wait_for(lambda w=words, h=heard, c=child: said().count(w) > h or not c.is_alive(), 60)
                 except AssertionError:
-                    bad += [f"{fault}: nobody says so"] * child.is_alive()
-                since = time.monotonic()
-            elif fault != "slow policy":
-                try:
-                    wait_for(lambda voids=voids: said().count("does not count.") > voids, 20)
-                except AssertionError:
-                    bad += [f"{fault}: the trial goes on"] * child.is_alive()
-            time.sleep(REST + 0.5 if fault == "slow policy" else 0.5)
+                    bad.append(f"{fault}: nobody says so")
+                if fault in SAID:  # the trial goes on until then
+                    since = time.monotonic()
+            time.sleep(REST if fault == "slow policy" else 0.5)
             motion = read_motion(folder)
             took = seconds_to_rest(motion, since)
             rest[fault].append(took)
@@ -1088,7 +1088,7 @@ def arm_table(rest: dict[str, list[float]], bad: list[str], trials: int, motion:
     """Markdown; `rest` in seconds by fault, `motion` of the arm so far."""
     import envs
 
-    tcp = envs.panda_kinematics(torch.tensor(motion[::5, 1:], dtype=torch.float32))[0][:, :3, 3]
+    tcp = envs.panda_kinematics(torch.tensor(motion[::5, 1:8], dtype=torch.float32))[0][:, :3, 3]
     low, high = torch.tensor(envs.WORKSPACE)
     outside = float(torch.maximum(low - tcp, tcp - high).max())
     bad = bad + [f"the arm was {100 * outside:.1f} cm outside its box"] * (outside > 0.03)
