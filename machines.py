@@ -28,6 +28,8 @@ from tqdm import tqdm
 
 from checkpoints import UserError
 
+RENDEZVOUS = 120  # s, for process 0 of torchrun to answer the others
+
 
 def find_device(name: str) -> torch.device:
     """What --device means: "auto" is the GPU if torch finds one, else the CPU; or "cpu", "cuda", "cuda:1". A process of
@@ -107,8 +109,16 @@ def start(name: str, accumulate: int | None = None) -> torch.device:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # Who was left behind before that does not look for the others for ever.
+        try:
+            store, number, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=RENDEZVOUS)))
+        except dist.DistError as error:
+            raise UserError(f"torchrun is gone, or its process 0 is not reached: {error}") from None
         # Process 0 evaluates and saves alone, which takes long: the others wait.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=12))
+        patience = timedelta(hours=12)
+        store.set_timeout(patience)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=patience)
         if rank() > 0:
             sys.stdout = open(os.devnull, "w")
     if accumulate is not None and accumulate % size():

@@ -99,7 +99,7 @@ class Cable(socket.socket):
 
 
 def log_motion(physics, hand: Hand) -> None:
-    while physics.data is None:  # it is built by `start`
+    while physics.data is None or physics.data.time == 0:  # the first state that is published is not the arm's
         time.sleep(0.1)
     with open(folder / "motion", "ab", buffering=0) as log:
         while True:

@@ -6,6 +6,7 @@ python -m results.trust server    # good clients among bad ones
 python -m results.trust arm       # faults at random moments of trials on franka-sim
 """
 
+import ctypes
 import fcntl
 import http.server
 import io
@@ -63,19 +64,22 @@ def report(title: str, command: str, text: str) -> None:
 
 # ---- kills --------------------------------------------------------------------------------------------------------
 
-TINY_STAGE_1 = "train_sft.py --steps 110 --batch-size 2 --evaluations 1 --eval-episodes 1 --num-envs 1"
+TINY_STAGE_1 = "train_sft.py --steps 24 --batch-size 2 --save-every 8 --evaluations 1 --eval-episodes 1 --num-envs 1"
 TINY_STAGE_2 = (
     "train_rlco.py --iterations 3 --critic-warmup 1 --num-envs 2 --minibatch-size 16 --anchor-batch-size 4 "
     "--eval-every 3 --eval-episodes 1 --eval-envs 1"
 )
-TORCHRUN = "torchrun --standalone --nproc-per-node 2"
+TINY_EVALUATION = "eval_real.py standin --policies runs/rlco/best --episodes 2 --num-envs 1 --videos 1"
+# Its workers begin as forks of it, with all that is imported.
+TORCHRUN = "torchrun --standalone --nproc-per-node 2 --run-path --start-method fork"
 PROGRAMS = {  # in the order in which a user runs them: each works on what the ones before have left
     "collection": "data.py collect --num-twin 12 --num-real 6 --num-val 3",
     "stage I": TINY_STAGE_1,
     "stage II": TINY_STAGE_2,
-    "evaluation": "eval_real.py standin --policies runs/rlco/best --episodes 2 --num-envs 1 --videos 1",
+    "evaluation": TINY_EVALUATION,
     "stage I, two processes": f"{TORCHRUN} {ROOT}/{TINY_STAGE_1} --accumulate 2 --out two/sft",
     "stage II, two processes": f"{TORCHRUN} {ROOT}/{TINY_STAGE_2} --accumulate 2 --out two/rlco",
+    "evaluation, two processes": f"{TORCHRUN} {ROOT}/{TINY_EVALUATION} --out two/eval",
 }
 
 
@@ -109,6 +113,7 @@ def run_program(command: str, folder: Path) -> None:
     write_output_to("output.txt", "w")
     script, *options = command.split()
     sys.argv = [script, *options]
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it does not outlive a campaign that is cut off (PR_SET_PDEATHSIG)
     if script == "torchrun":
         runpy.run_module("torch.distributed.run", run_name="__main__")
     else:
@@ -139,13 +144,13 @@ def finish(process: multiprocessing.Process, folder: Path) -> str:
 
 
 def kill(process: multiprocessing.Process, folder: Path, alone: bool) -> bool:
-    """kill -9 of a process, or of its group -> whether any that was started in `folder` is left two minutes later."""
+    """kill -9 of a process, or of its group -> whether any that was started in `folder` is left four minutes later."""
     if not alone:
         with suppress(ProcessLookupError):  # it has no group yet
             os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
-    deadline = time.time() + 120  # a worker that is importing notices when it is done
+    deadline = time.time() + 240  # a worker that is importing, or looks for torchrun, notices when it is done
     while is_running(folder) and time.time() < deadline:
         time.sleep(0.1)
     return is_running(folder)

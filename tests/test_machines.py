@@ -1,6 +1,8 @@
 """Mistakes with devices, found without a GPU: see pretend_cuda.py. What needs a real one is in test_gpu.py."""
 
+import ctypes
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from test_rlco import ARGS, STATS, make_rollout
 from test_scripts import Noise
 
 import envs
+import machines
 import train_rlco
 import train_sft
 from checkpoints import UserError
@@ -150,3 +153,17 @@ import {program}
         [sys.executable, "-c", code], cwd=Path(envs.__file__).parent, env=clean | users, capture_output=True, text=True
     )
     assert said.stdout.strip() == {(): "3000", ("OMP_WAIT_POLICY",): "None", ("GOMP_SPINCOUNT",): "7"}[tuple(users)]
+
+
+def test_who_is_left_behind_by_torchrun_does_not_wait_for_it(monkeypatch):
+    """torchrun that is killed while its processes still import leaves them behind: each would wait for hours."""
+    with socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(gone.getsockname()[1]))
+    place = dict(RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", TORCHELASTIC_USE_AGENT_STORE="True")
+    for key, value in (address | place).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(machines, "RENDEZVOUS", 1)
+    with pytest.raises(UserError, match="torchrun is gone"):
+        machines.start("cpu")
+    ctypes.CDLL(None).prctl(1, 0)  # these tests do not end with their parent
