@@ -405,12 +405,8 @@ ADAPTER = "adapter_model.safetensors"  # peft's
 HUB_FILES = ["*.safetensors*", "*.json", "*.py", "*.model", "metadata.pt"]
 OPENPI_STATS = {"observation.state": "state", "action": "actions"}  # our name of a statistic, and theirs
 OPENPI_CONFIG = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
-OPENPI_SAID = (
-    "action_horizon",
-    "action_dim",
-    "max_token_len",
-    "discrete_state_input",
-)  # in the metadata of its trainer
+# Settings in the metadata of its trainer.
+OPENPI_SAID = ("action_horizon", "action_dim", "max_token_len", "discrete_state_input")
 RELATIVE = "relative|delta|memory|adapt_to_pi"  # in the names of switches that change what state and action are
 LEROBOT_STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
 LEROBOT_STATE_DIM = 32  # of that step up to lerobot 0.4.4, which pads the normalised state with zeros
@@ -432,12 +428,15 @@ OPENVLA_CONFIG = {  # what their code needs beside the settings
 # fmt: on
 
 
-def hub_folder(name: str, files: list[str]) -> Path:
-    """The folder with these files of the Hub's model `name`, downloaded unless they are there. Errors have no common
-    class: no network, no such model, no right to it, no valid name."""
-    from huggingface_hub import snapshot_download
+def hub_folder(name: str, files: list[str], problem: str) -> Path:
+    """The folder with these files of the Hub's model `name`, downloaded unless they are there. UserError, which begins
+    with the `problem` that needs it, if the Hub does not give them."""
+    try:
+        from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=files))
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # no network, no such model, no right to it, no valid name: no common class
+        raise UserError(f"{problem}, and the Hub gives no such model ({type(error).__name__})") from error
 
 
 BASES = Path(__file__).with_name("bases")  # pretrained tiny policies, by name
@@ -451,13 +450,7 @@ def find_folder(name: str | Path, presets: dict) -> Path:
     base = BASES / name
     if base.parent == BASES and base.is_dir():
         return base
-    try:
-        return hub_folder(str(name), HUB_FILES)
-    except Exception as error:
-        raise UserError(
-            f"{name} is no preset ({', '.join(presets)}) and no folder, and the Hub gives no such model "
-            f"({type(error).__name__})"
-        ) from error
+    return hub_folder(str(name), HUB_FILES, f"{name} is no preset ({', '.join(presets)}) and no folder")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -492,8 +485,8 @@ def weight_files(folder: Path) -> list[Path]:
 def sha256(folder: Path | None) -> str:
     """Of the weights in a folder (of nothing without one)."""
     total = hashlib.sha256()
-    adapters = sorted(folder.glob(ADAPTER)) if folder else []
-    for path in [*weight_files(folder), *adapters] if folder else ():
+    files = [*weight_files(folder), *folder.glob(ADAPTER)] if folder else []
+    for path in files:
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
@@ -548,13 +541,8 @@ def base_folder(folder: Path) -> Path:
     for place in (Path(name), folder / name, folder.parent / name):
         if place.is_dir():
             return place
-    try:
-        return hub_folder(name, HUB_FILES)
-    except Exception as error:
-        raise UserError(
-            f"{folder} is an adapter of {name}, which is no folder here, and the Hub gives no such model "
-            f"({type(error).__name__}): copy the base's files beside the adapter"
-        ) from error
+    problem = f"{folder} is an adapter of {name}, which is no folder here (copy the base's files beside the adapter)"
+    return hub_folder(name, HUB_FILES, problem)
 
 
 def put_on(folder: Path, base: dict, adapter: dict) -> dict[str, torch.Tensor]:
@@ -679,41 +667,14 @@ def read_config(folder: Path, tensors: dict, presets: dict, given: dict | None =
     foreign = "chunk" not in raw  # only our own say chunk
     if foreign:
         refuse_others(folder, raw, tensors)
-    words = tensors.get(EMBED, tensors.get(LM_HEAD))
-    if words is not None:
+    if EMBED in tensors or LM_HEAD in tensors:
         published = presets["pi05"]
         extra = ("min_period", "max_period")
-        if foreign and (raw.get("type") == "pi05" or (folder / "policy_preprocessor.json").is_file()):
-            raw |= read_lerobot(folder, raw)
-        elif foreign:
-            said = read_metadata(folder).get("model", {})
-            said = {key: said[key] for key in OPENPI_SAID if isinstance(said.get(key), int)}
-            raw = {"convention": "openpi", "discrete_state_input": None, **said, **raw}
-        if "action_dim" not in raw and "action_in_proj.weight" in tensors:
-            raw["action_dim"] = tensors["action_in_proj.weight"].shape[1]
-        if "action_horizon" not in {**raw, **(given or {})}:
-            assumed = [f"{key} {published[key]}" for key in ("action_horizon", "chunk", "num_steps", "max_token_len")]
-            note(f"{folder} has no config.json: assumed are {', '.join(assumed)}; give load_policy what differs")
-        raw["vlm"] = {**table(folder, raw.get("vlm", published["vlm"])), "vocab_size": len(words)}
+        raw = pi05_settings(folder, raw, foreign, tensors, published, given or {})
     elif "projector.fc1.weight" in tensors:
         published = presets["openvla-7b"]
         extra = ("norm_stats", "unnorm_key")
-        statistics = folder / "dataset_statistics.json"
-        if statistics.is_file():  # of its fine-tuning: OpenVLA's code, too, prefers them to config.json's
-            raw["norm_stats"] = read_file(statistics)
-        if foreign:
-            crop = None if statistics.is_file() else False  # the published model was trained without augmentation
-            if "image_aug" in str(folder.absolute()):  # which OpenVLA's fine-tuning writes into the folder's name
-                crop = True
-            raw = {"convention": "openvla", "center_crop": crop, **raw}
-        text = raw.get("text_config")
-        if text and "llm" not in raw:
-            theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
-            raw["llm"] = {**published["llm"], **text, "rope_theta": theta}
-            raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
-        known = (*published["llm"], "attention_bias", "mlp_bias", "head_dim", "hidden_act")
-        llm = table(folder, raw.get("llm", published["llm"]))
-        raw["llm"] = {key: value for key, value in llm.items() if key in known}
+        raw = openvla_settings(folder, raw, foreign, published)
     else:
         strange = [name for name in tensors if not name.startswith(HEADS) and "lora_" not in name]
         problem = f"they are {', '.join(strange[:3])}, ..." if strange else "is model.safetensors missing?"
@@ -732,6 +693,43 @@ def read_config(folder: Path, tensors: dict, presets: dict, given: dict | None =
         raise UserError(f"{folder}: real_vocab_size is {config['real_vocab_size']}, an action has 256 tokens")
     config["chunk"] = min(config["chunk"], config["action_horizon"])
     return config
+
+
+def pi05_settings(folder: Path, raw: dict, foreign: bool, tensors: dict, published: dict, given: dict) -> dict:
+    """`raw`, with what else files and tensors say of a pi0.5 of ours, lerobot's or openpi's."""
+    if foreign and (raw.get("type") == "pi05" or (folder / "policy_preprocessor.json").is_file()):
+        raw = raw | read_lerobot(folder, raw)
+    elif foreign:
+        said = read_metadata(folder).get("model", {})
+        said = {key: said[key] for key in OPENPI_SAID if isinstance(said.get(key), int)}
+        raw = {"convention": "openpi", "discrete_state_input": None, **said, **raw}
+    if "action_dim" not in raw and "action_in_proj.weight" in tensors:
+        raw["action_dim"] = tensors["action_in_proj.weight"].shape[1]
+    if "action_horizon" not in {**raw, **given}:
+        assumed = [f"{key} {published[key]}" for key in ("action_horizon", "chunk", "num_steps", "max_token_len")]
+        note(f"{folder} has no config.json: assumed are {', '.join(assumed)}; give load_policy what differs")
+    words = tensors.get(EMBED, tensors.get(LM_HEAD))
+    return {**raw, "vlm": {**table(folder, raw.get("vlm", published["vlm"])), "vocab_size": len(words)}}
+
+
+def openvla_settings(folder: Path, raw: dict, foreign: bool, published: dict) -> dict:
+    """`raw`, with what else the files say of an OpenVLA of ours or theirs; the language model's settings as ours."""
+    statistics = folder / "dataset_statistics.json"
+    if statistics.is_file():  # of its fine-tuning: OpenVLA's code, too, prefers them to config.json's
+        raw = {**raw, "norm_stats": read_file(statistics)}
+    if foreign:
+        crop = None if statistics.is_file() else False  # the published model was trained without augmentation
+        if "image_aug" in str(folder.absolute()):  # which OpenVLA's fine-tuning writes into the folder's name
+            crop = True
+        raw = {"convention": "openvla", "center_crop": crop, **raw}
+    text = raw.get("text_config")
+    if text and "llm" not in raw:
+        theta = (text.get("rope_parameters") or text).get("rope_theta", 1e4)
+        raw["llm"] = {**published["llm"], **text, "rope_theta": theta}
+        raw["real_vocab_size"] = raw["llm"]["vocab_size"] - raw.get("pad_to_multiple_of", 64)
+    known = (*published["llm"], "attention_bias", "mlp_bias", "head_dim", "hidden_act")
+    llm = table(folder, raw.get("llm", published["llm"]))
+    return {**raw, "llm": {key: value for key, value in llm.items() if key in known}}
 
 
 def lerobot_steps(folder: Path, pipeline: str) -> dict[str, dict]:
@@ -887,17 +885,11 @@ def published_tokenizer(folder: Path | None, config: dict) -> Tokenizer:
     network, or it has more words than the checkpoint."""
     name = TOKENIZERS[config["type"]]
     words = (config.get("vlm") or config["llm"])["vocab_size"]
-    try:
-        tokenizer = read_file(hub_folder(name, ["tokenizer.json"]) / "tokenizer.json")
-        size = tokenizer.get_vocab_size()
-        problem = f"it has {size} words, the checkpoint {words}" if size > words + 64 else None
-    except Exception as error:
-        problem = error
-    if problem:  # PaliGemma's has a few words without a row in the table, hence 64
-        raise UserError(
-            f"no tokenizer.json in {folder}, and {name}'s does not do ({problem}): copy the model's own tokenizer.json "
-            "into the folder"
-        )
+    problem = f"{folder} has no tokenizer.json: copy the model's own into it. Instead of it {name}'s is taken"
+    tokenizer = read_file(hub_folder(name, ["tokenizer.json"], problem) / "tokenizer.json")
+    size = tokenizer.get_vocab_size()
+    if size > words + 64:  # PaliGemma's has a few words without a row in the table
+        raise UserError(f"{problem}, but it has {size} words, the checkpoint {words}")
     return tokenizer
 
 
@@ -1015,9 +1007,8 @@ def export(folder: Path, layout: str | None, config: dict, stats: dict, tensors:
         if tied:
             tensors = {**tensors, LM_HEAD: tensors[LM_HEAD].clone()}
         return {f"model.{name}": tensor for name, tensor in tensors.items()}, export_lerobot(folder, config, stats)
-    if (
-        tied or layout
-    ):  # openpi's model has one tensor for both, under this name; pi0.5 acts through the embedding alone
+    # openpi's model has one tensor for both, under this name; pi0.5 acts through the embedding alone.
+    if tied or layout:
         tensors = {name: tensor for name, tensor in tensors.items() if name != EMBED} | {LM_HEAD: tensors[EMBED]}
     kinds = ("mean", "std", "q01", "q99")
     if layout and config["prompt_state_dim"]:
@@ -1066,21 +1057,16 @@ def export_lerobot(folder: Path, config: dict, stats: dict) -> dict:
             "openpi"
         )
     modes = dict(config["normalization"])
+    for feature, kinds in list(stats.items()):
+        if config["convention"] != "lerobot":
+            kinds = restate(kinds, modes[feature], config["convention"], "lerobot", feature)
+        stats[feature] = {kind: values[: dims[feature]] for kind, values in kinds.items()}
     if config["convention"] != "lerobot":
-        stats = {
-            feature: restate(kinds, modes[feature], config["convention"], "lerobot", feature)
-            for feature, kinds in stats.items()
-        }
         modes = dict.fromkeys(modes, "QUANTILES")
-    stats = {
-        feature: {kind: values[: dims[feature]] for kind, values in kinds.items()} for feature, kinds in stats.items()
-    }
     # Up to 0.4.4 lerobot pads the state to this in the prompt, to 32 where it is not said; from 0.5 on it does not.
-    state_dim = config["prompt_state_dim"] or dims.get("observation.state", ACTION_DIM)
-    if state_dim > dims.get("observation.state", state_dim):
-        note(
-            f"{folder}: lerobot up to 0.4.4 reads this policy's prompt, with {state_dim} numbers of state; newer do not"
-        )
+    state_dim = config["prompt_state_dim"] or dims.get(state, ACTION_DIM)
+    if state_dim > dims.get(state, state_dim):
+        note(f"{folder}: lerobot up to 0.4.4 reads this policy's prompt, with {state_dim} states; newer do not")
     size = config["vision"]["image_size"]
     inputs = {"observation.images.base_0_rgb": {"type": "VISUAL", "shape": [3, size, size]}}
     outputs = {"action": {"type": "ACTION", "shape": [config["action_dim"]]}}

@@ -620,7 +620,7 @@ def test_another_models_tokenizer_is_refused(name, tmp_path, monkeypatch):
         hub = tmp_path / str(size)
         hub.mkdir()
         tokenizer.save(str(hub / "tokenizer.json"))
-        monkeypatch.setattr(C, "hub_folder", lambda name, files, hub=hub: hub)
+        monkeypatch.setattr(C, "hub_folder", lambda *_, hub=hub: hub)
         with pytest.raises(UserError, match=error) if error else nullcontext():
             P.load_policy(tmp_path).encode_text([PROMPT])
 
