@@ -677,9 +677,9 @@ def attack(port: int, key: str, seconds: float, seed: int) -> tuple[dict, list, 
     return alone, kept, others
 
 
-def memory(pid: int) -> int:
-    """MB that a process holds."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1000
+def memory(pid: int, kind: str = "VmRSS") -> int:
+    """MB that a process holds, or VmHWM: has held at most."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) // 1000
 
 
 def server(args: Server) -> None:
@@ -692,13 +692,15 @@ def server(args: Server) -> None:
             port = int(process.stdout.readline().rsplit(":", 1)[1])
             rounds = wrong = 0
             others = Counter()
-            held = []
+            held = [memory(process.pid)]
             for part in range(10):
                 alone, kept, came = attack(port, "key", 6 * args.minutes, args.seed + part)
                 rounds += len(kept)
                 wrong += sum(not np.array_equal(actions, alone[client]) for client, actions in kept)
                 others += came
+                time.sleep(12)  # until the last connections are closed, with the messages that they hold
                 held.append(memory(process.pid))
+                most = memory(process.pid, "VmHWM")
                 print(
                     f"{rounds} rounds of good clients, {wrong} with other actions; {dict(others)}; {held} MB",
                     flush=True,
@@ -712,7 +714,8 @@ def server(args: Server) -> None:
 | episodes of 5 decisions of the three good clients | {rounds} |
 | of these with other actions than alone | {wrong} |
 | visits of the others | {", ".join(f"{name} {count}" for name, count in others.items())} |
-| memory of the server after each tenth, MB | {", ".join(map(str, held))} |
+| memory of the server before, and after each tenth when all have gone, MB | {", ".join(map(str, held))} |
+| its most at any moment, MB | {most} |
 | tracebacks that the server has printed | {output.count("Traceback")} |"""
     report("server", f"server --minutes {args.minutes:g}", text)
 
