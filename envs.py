@@ -60,6 +60,7 @@ SEEDS = dict(
     validation=4_000_000,
     evaluation=5_000_000,
     domains=6_000_000,  # random ones, and the demonstrations in them
+    final=7_000_000,  # evaluation again, for a plan that was made before (results/PLAN.md)
     rl=10_000_000,
 )
 

@@ -160,12 +160,12 @@ def markdown(corner: str, heads: dict[str, str], cells: dict[tuple[str, str], st
 
 def table(results: list[dict]) -> str:
     """Markdown: a row for each checkpoint, a column for each domain."""
-    heads = {r["domain"]: f"{heading(r['domain'])}: success [95 %], steps" for r in results}
+    heads = {r["domain"]: f"{heading(r['domain'])}: success [95 %], mean length" for r in results}
     cells = {}
     for r in results:
         low, high = r["wilson"]
         percent = f"{100 * r['success_rate']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-        cells[r["policy"], r["domain"]] = f"{percent} of {r['episodes']}, {r['mean_length']:.0f}"
+        cells[r["policy"], r["domain"]] = f"{percent} of {r['episodes']}, {r['mean_length']:.0f} steps"
     return markdown("checkpoint", heads, cells)
 
 
@@ -176,9 +176,8 @@ def difference_table(pairs: list[dict]) -> str:
     for d in pairs:
         low, high = d["interval"]
         points = f"{100 * d['difference']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
-        p = "p < 0.001" if d["p"] < 0.001 else f"p = {d['p']:.2g}"
         counts = f"{d['gained']} better, {d['lost']} worse of {d['episodes']}"
-        cells[f"{d['after']} − {d['before']}", d["domain"]] = f"{points}, {p}; {counts}"
+        cells[f"{d['after']} − {d['before']}", d["domain"]] = f"{points}, {p_value(d)}; {counts}"
     return markdown("difference, on the same starts", heads, cells)
 
 
@@ -207,9 +206,14 @@ def verdict(d: dict) -> str:
     better, worse, sign = (d["after"], d["before"], 1) if d["difference"] >= 0 else (d["before"], d["after"], -1)
     low, high = sorted(sign * 100 * bound for bound in d["interval"])
     points = f"{100 * abs(d['difference']):.0f} points [{low:.0f} to {high:.0f}]"
-    counts = f"{max(d['gained'], d['lost'])} starts against {min(d['gained'], d['lost'])}, {d['episodes']} in all"
+    more, less = max(d["gained"], d["lost"]), min(d["gained"], d["lost"])
+    counts = f"of {d['episodes']} starts it alone succeeds from {more}, the other alone from {less}"
     clear = "clearly better than" if d["p"] < 0.05 else "not clearly better than"
-    return f"{heading(d['domain'])}: {better} is {clear} {worse}, by {points} ({counts}; p = {d['p']:.2g})"
+    return f"{heading(d['domain'])}: {better} is {clear} {worse}, by {points}: {counts} ({p_value(d)})"
+
+
+def p_value(d: dict) -> str:
+    return "p < 0.001" if d["p"] < 0.001 else f"p = {d['p']:.2g}"
 
 
 def write_evaluation(args: EvaluationArgs, what: str, results: list[dict], pairs: list[dict], ends: dict) -> None:
@@ -238,9 +242,11 @@ def write_evaluation(args: EvaluationArgs, what: str, results: list[dict], pairs
     head = [f"<p>{html.escape(verdict(d))}.</p>" for d in pairs]
     head += [html_table(markdown) for markdown in report(results, pairs).split("\n\n")]
     head.append(
-        '<p class="soft">Success rates with 95 % Wilson intervals and the mean length in control steps. Differences '
-        "are paired: all checkpoints play the same starts. Their intervals are Bonett and Price's, p is the exact "
-        "sign test's. The inset of a video is what the policy saw when it last decided.</p>"
+        '<p class="soft">The twin is the simulation that RL acts in; the stand-in is another one that plays the robot: '
+        "its demonstrations are imitated, RL never acts in it. Success rates have 95 % Wilson intervals. Differences "
+        "are paired, as all checkpoints play the same starts: their intervals are Bonett and Price's, p is the exact "
+        "sign test's, and better is clearly better below 0.05. All of that is about these checkpoints: another "
+        "training seed gives others. The inset of a video is what the policy saw when it last decided.</p>"
     )
     charts = [one for name in names for one in learning_curves(Path(name).parent)]
     write_page(args.out / "index.html", what, "".join(head), charts, starts, envs.CONTROL_HZ)
@@ -258,6 +264,8 @@ class StandinArgs(EvaluationArgs):
     """Episodes for each checkpoint and domain, the same for all of them. 100 leave an interval of some 20 points."""
     num_envs: int = 32
     """Environments in parallel, spread over the cores. Another number may change single episodes of the same seeds."""
+    seeds: Literal["evaluation", "final"] = "evaluation"
+    """Where the episodes come from, a block of envs.SEEDS. Keep final for what was planned before it is looked at."""
     videos: int = 4
     """Starts whose episodes are drawn for OUT/index.html, with every checkpoint in both domains: half of them where
     checkpoints differ. A video takes some 10 seconds of a core. 0 draws nothing."""
@@ -292,7 +300,8 @@ def standin(args: StandinArgs) -> None:
     policies = load_policies(args.policies, "cpu")
     weights = {name: policy.sha256() for name, policy in policies.items()}
     repeat = dict(weights=weights, **provenance(args, str(device)))
-    seeds = range(envs.SEEDS["evaluation"], envs.SEEDS["evaluation"] + args.episodes)
+    first = envs.SEEDS[args.seeds]
+    seeds = range(first, first + args.episodes)
     domains = list(dict.fromkeys(["twin", args.target]))
     if chief:
         claim(args.out)
@@ -334,7 +343,7 @@ def standin(args: StandinArgs) -> None:
     pairs = differences(outcomes)
     content = dict(results=results, differences=pairs, **repeat)
     what = f"{args.task}, unseen {args.variation}" if args.variation else args.task
-    print(f"\n{report(results, pairs)}\n\n{what}, evaluation seeds {seeds[0]}..{seeds[-1]}; {args.out}/results.json")
+    print(f"\n{report(results, pairs)}\n\n{what}, {args.seeds} seeds {seeds[0]}..{seeds[-1]}; {args.out}/results.json")
     if not saved:
         write_file(args.out / "results.json", content)
         films = []
@@ -387,11 +396,14 @@ def adds_up(results) -> bool:
 
 
 def worth_seeing(outcomes: dict[str, dict[int, bool]], n: int) -> list[int]:
-    """n starts to look at, from success by checkpoint and seed: half of them where the checkpoints differ, as far as
-    there are any, and the rest as they come."""
+    """n starts to look at, from success by checkpoint and seed: half of them where the checkpoints differ, and half of
+    what is left where the best one fails, as far as there are any; the rest as they come."""
     seeds = list(next(iter(outcomes.values())))
+    best = max(outcomes.values(), key=lambda by_seed: sum(by_seed.values()))
     differ = [seed for seed in seeds if len({by_seed[seed] for by_seed in outcomes.values()}) > 1]
     chosen = differ[: (n + 1) // 2]
+    failed = [seed for seed in seeds if not best[seed] and seed not in chosen]
+    chosen += failed[: (n - len(chosen) + 1) // 2]
     others = [seed for seed in seeds if seed not in chosen]
     return sorted(chosen + others[: n - len(chosen)])
 

@@ -11,7 +11,7 @@ import os
 
 # Torch's threads wait for each other after every operation. By default they spin for a millisecond: beside a program
 # that keeps a core busy that costs two thirds of the speed, and of environments that start. libgomp reads this as torch
-# is imported, so programs import this room first; what the user has set stays.
+# is imported, so programs import this module first; what the user has set stays.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import signal
@@ -91,13 +91,13 @@ def say_if_slow(seconds: float, ways: str) -> None:
     cores = len(os.sched_getaffinity(0))
     threads = torch.get_num_threads()
     load = os.getloadavg()[0]
-    help = []
+    advice = []
     if load > 2 * cores + 1:  # a run alone keeps about two threads a core waiting
-        help.append(f"{load:.0f} programs want this machine's {cores} cores: end the others")
+        advice.append(f"{load:.0f} programs want this machine's {cores} cores: end the others")
     if threads < cores:
-        help.append(f"torch computes on {threads} of {cores} cores: set OMP_NUM_THREADS={cores}")
-    help.append(ways)
-    tqdm.write(f"about {seconds / 3600:.1f} hours to go. What helps: {'; '.join(help)}")
+        advice.append(f"torch computes on {threads} of {cores} cores: set OMP_NUM_THREADS={cores}")
+    advice.append(ways)
+    tqdm.write(f"about {seconds / 3600:.1f} hours to go. What helps: {'; '.join(advice)}")
 
 
 def start(name: str, accumulate: int | None = None) -> torch.device:

@@ -59,6 +59,9 @@ def html_table(markdown: str) -> str:
     return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
 
 
+LOSSES = {"eval/real_loss": "held-out real", "loss/total": "training", "loss/anchor": "anchor"}
+
+
 def learning_curves(run: Path) -> list[dict]:
     """Charts of success and of losses from a run's TensorBoard files; none if it has none."""
     if not (run / "tensorboard").is_dir():
@@ -75,14 +78,14 @@ def learning_curves(run: Path) -> list[dict]:
             success["twin, exploring"] = line
         elif kind == "eval" and name.startswith("success_"):
             success[name.removeprefix("success_")] = line
-        elif tag in ("loss/total", "loss/anchor", "eval/real_loss"):
-            loss[dict(total="training", anchor="anchor", real_loss="held-out real")[name]] = line
+        elif tag in LOSSES:
+            loss[LOSSES[tag]] = [(step, value) for step, value in line if value]  # no anchor while the critic warms up
     x = "RL iteration" if "twin, exploring" in success else "gradient step"
     charts = []
     if success:
         charts.append(chart(f"{run}: success", x, success, (0, 1)))
     if loss:
-        charts.append(chart(f"{run}: imitation loss", x, loss))
+        charts.append(chart(f"{run}: imitation loss", x, {name: loss.get(name, []) for name in LOSSES.values()}))
     return charts
 
 

@@ -86,7 +86,7 @@ class Decision(NamedTuple):
 
     actions: torch.Tensor  # [B,C,7] physical
     latent: torch.Tensor  # what `evaluate` needs: pi0.5's denoising chain [B,K+1,H,D], OpenVLA's tokens [B,C*7]
-    logprob: torch.Tensor  # [B], 0 without sampling
+    logprob: torch.Tensor  # [B], as `evaluate` says; 0 without sampling
     value: torch.Tensor  # [B]
 
 
@@ -314,7 +314,9 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def evaluate(self, obs: dict, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Log-probability [B], entropy [B] and value [B], float32, of decisions' latents as the weights are now."""
+        """Log-probability [B], entropy [B] and value [B], float32, of decisions' latents as the weights are now. The
+        log-probability is a mean: over pi0.5's denoising chain, over the actions of OpenVLA's chunk. So ratios and KL
+        divergences are those of a step or an action, whatever their number."""
 
     @abstractmethod
     def value(self, obs: dict) -> torch.Tensor:
@@ -1059,6 +1061,18 @@ def apply_defaults(args, policy: Policy, defaults: dict[str, dict]) -> None:
     for name, value in defaults["tiny" if size < 1e8 else policy.config["type"]].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def keeps_its_stats(policy: Policy, stats: dict) -> bool:
+    """Whether states and actions can go on meaning to a policy what they did when it was pretrained: it is one of this
+    project, and what moves in `stats`, the data's, moves in its own."""
+    if policy.config["convention"] != "rlco" or not policy.stats:
+        return False
+    for key in ("observation.state", "action"):
+        own, *way = policy.stat(key)
+        if (affine(stats[key], *way).moves & ~affine(own, *way).moves).any():
+            return False
+    return True
 
 
 def build(name: str | Path, config: dict, overrides: dict, tokenizer: Tokenizer | None, device) -> Policy:

@@ -192,7 +192,7 @@ def gae(reward, value, last_value, truncated_value, terminated, truncated, gamma
 
     All [T,B], but last_value [B], of the observations after the rollout. An episode that was truncated after decision t
     goes on in truncated_value[t], the value of its last observation before the reset; a terminated one has no value
-    left. Neither kind of end lets later rewards flow back.
+    left; none does both. Neither kind of end lets later rewards flow back.
     """
     advantage = torch.zeros_like(reward)
     next_advantage = torch.zeros_like(last_value)
@@ -210,9 +210,10 @@ def gae(reward, value, last_value, truncated_value, terminated, truncated, gamma
 def rlco_loss(policy, minibatch, real_batch, args):
     """The stage II objective on a minibatch of decisions and one of real samples -> loss, its parts (a dict).
 
-    `minibatch` has obs, latent, logprob, value, advantage, returns, all as they were when the policy acted. Without
-    `real_batch` (beta = 0, warm-up) there is no anchor. PPO's clipped surrogate (Schulman 2017, eq. 7) and clipped
-    Huber value loss.
+    `minibatch` has obs and latent of N decisions, and logprob, value, advantage, returns float32 [N], all as they were
+    when the policy acted. Without `real_batch` (beta = 0, warm-up) there is no anchor. PPO's clipped surrogate
+    (Schulman 2017, eq. 7) and clipped Huber value loss. Of `args` it reads beta, clip, value_clip, huber_delta,
+    value_coef and entropy_coef.
     """
     logprob, entropy, value = policy.evaluate(minibatch["obs"], minibatch["latent"])
     log_ratio = logprob - minibatch["logprob"]
@@ -235,7 +236,8 @@ def rlco_loss(policy, minibatch, real_batch, args):
         policy=-surrogate,
         value=value_loss,
         entropy=entropy.mean(),
-        approx_kl=(ratio - 1 - log_ratio).mean(),  # the unbiased, always positive estimate (Schulman 2020, k3)
+        # Always positive (Schulman 2020, k3). In units of the policies' mean log-probability, so it is no KL in nats.
+        approx_kl=(ratio - 1 - log_ratio).mean(),
         clip_fraction=((ratio - 1).abs() > args.clip).float().mean(),
     )
     return ppo + args.beta * anchor, parts
@@ -251,6 +253,7 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, iter
     m + args.accumulate, ..., and of the process that has them.
     """
     warming_up = iteration < args.critic_warmup
+    anchored = args.beta and not warming_up
     seed = envs.rl_seed(args.seed, iteration)
     advantage = experience["advantage"]
     columns = {key: experience[key] for key in ("logprob", "value", "returns")}
@@ -265,21 +268,23 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, iter
     critic = list(policy.value_head.parameters())
     history = []  # the losses of each gradient step that was taken
     log = {}
+    minibatches = []
     machines.seed("minibatches", seed)
     each = advantage.numel() // args.accumulate  # decisions of a micro-batch's worlds; all take them in the same order
-    epochs = (torch.randperm(each).split(args.minibatch_size // args.accumulate) for _ in range(args.update_epochs))
-    for rows in [rows.sort().values for epoch in epochs for rows in epoch]:
+    for _ in range(args.update_epochs):
+        minibatches += torch.randperm(each).split(args.minibatch_size // args.accumulate)
+    for rows in minibatches:
+        rows = rows.sort().values  # the order of the observations
         optimizer.zero_grad()
         parts_of = []
         for m, decisions, of_group, obs, latent in micro_batches:
             machines.seed("update", seed, len(history), m)
             minibatch = {key: column[rows] for key, column in decisions.items()}
             minibatch |= dict(obs=pick_obs(obs, of_group[rows]), latent=latent[of_group[rows]])
-            anchored = args.beta and not warming_up
             real_batch = real_batches[(updates + len(history)) * args.accumulate + m] if anchored else None
             loss, parts = rlco_loss(policy, minibatch, real_batch, args)
             if warming_up:
-                (parts["value"] / args.accumulate).backward(inputs=critic)
+                (parts["value"] / args.accumulate).backward(inputs=critic)  # AdamW leaves the rest as it is
             else:
                 (loss / args.accumulate).backward()
             parts_of.append(torch.stack([part.detach().double() for part in parts.values()]))
@@ -305,7 +310,6 @@ def update(policy, optimizer, experience: dict, real_batches, updates: int, iter
         )
     for key in history[0]:
         log[f"loss/{key}"] = float(np.mean([step[key] for step in history]))
-    log["loss/anchor_to_ppo"] = args.beta * log["loss/anchor"] / (abs(log["loss/ppo"]) + 1e-8)
     log["time/updates"] = len(history)
     if args.desired_kl and not warming_up:
         actor = optimizer.param_groups[0]
@@ -351,7 +355,8 @@ def make_worlds(args, image_size: int) -> tuple[envs.VecEnv, envs.VecEnv | None,
     training = envs.VecEnv(args.task, domains, args.num_envs // processes, share=share, **pictures)
     if machines.rank() > 0:
         return training, None, None
-    # With as many worlds as one process has, whose policy sees the same batches.
+    # One process evaluates in the twin it trains in. Of several the first has as many more, so that its policy sees the
+    # same batches; and so it is where those that train are no plain twins.
     worlds = args.eval_envs if args.randomize else args.num_envs
     own = args.randomize or processes > 1
     twin = envs.VecEnv(args.task, envs.TWIN, worlds, **pictures) if own else training
@@ -391,6 +396,7 @@ def main(args: Args):
     held_out_batches = [data.Mixture(held_out, 32, policy.horizon, seed=0)[k] for k in range(8)]
 
     # resume a killed run, leave a finished one alone
+    then = f"next: python eval_real.py standin --policies {args.policy} {args.out}/best --task {args.task}"
     settings = checkpoints.run_settings(args) | {"weights of --policy": policy.sha256()}
     if chief:
         checkpoints.claim(args.out)
@@ -402,7 +408,7 @@ def main(args: Args):
         if len(metrics) > args.iterations:  # with the last validation
             if chief:
                 page.plot_run(metrics, args.target, args.out / "learning_curve.png")
-            print(f"{args.out}: done already, best success in the twin {best:.0%}; next: python eval_real.py")
+            print(f"{args.out}: done already, best success in the twin {best:.0%}; {then}")
             return
         del metrics[start:]  # a last validation, if more iterations are asked for now
         policy.load_state_dict(state["policy"], strict=False)  # what is frozen is --policy's
@@ -438,8 +444,8 @@ def main(args: Args):
             began = time.time()
             first_seed = envs.rl_seed(args.seed, iteration)
             experience = rollout(policy, training, first_seed, decisions, args.acting_groups)
-            columns = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
-            columns = [experience[key] for key in columns]
+            names = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
+            columns = [experience[name] for name in names]
             experience["advantage"], experience["returns"] = gae(*columns, args.gamma, args.gae_lambda)
             log |= rollout_metrics(experience, seconds=time.time() - began)
             log |= update(policy, optimizer, experience, real_batches, updates, iteration, args)
@@ -476,7 +482,7 @@ def main(args: Args):
         opened.close()
     print(
         f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; curve in "
-        f"{args.out}/learning_curve.png; tensorboard --logdir {args.out}; next: python eval_real.py"
+        f"{args.out}/learning_curve.png; tensorboard --logdir {args.out}; {then}"
     )
 
 

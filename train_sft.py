@@ -29,7 +29,7 @@ import envs
 import page
 from checkpoints import UserError
 from machines import AdamW
-from policy import apply_defaults, index_obs, load_policy
+from policy import apply_defaults, index_obs, keeps_its_stats, load_policy
 
 # Options that nobody gave: from random weights, and for fine-tuning what openpi and OpenVLA's authors (LoRA) published
 # (docs/policies.md has all that they did).
@@ -123,7 +123,11 @@ def main(args: Args):
     real, held_out = data.open_real(args, policy.image_size, train=args.alpha < 1)
     sim = data.open_sim(args, policy.image_size) if args.alpha > 0 else None
     trained_on = [dataset for dataset in (real, sim) if dataset is not None]
-    policy.stats = data.statistics(real, sim, args.alpha)
+    stats = data.statistics(real, sim, args.alpha)
+    if keeps_its_stats(policy, stats):
+        print(f"{args.policy}: states and actions stay normalised as they were for it, not by this data")
+    else:
+        policy.stats = stats
     policy.set_trainable(args.train)
     policy.gradient_checkpointing = args.gradient_checkpointing
     trainable = [p for p in policy.parameters() if p.requires_grad]
@@ -142,18 +146,19 @@ def main(args: Args):
         workers = 0 if in_memory else len(os.sched_getaffinity(0))
 
     # resume a killed run, leave a finished one alone
+    then = f"next: python train_rlco.py --policy {args.out}/best --task {args.task}"
     settings = checkpoints.run_settings(args)
     step = 0
     best = -1.0
     if chief:
         checkpoints.claim(args.out)
-    free = {"workers", "num_envs", "device", "render", "out", "wandb", "debug"}
+    free = {"workers", "num_envs", "save_every", "device", "render", "out", "wandb", "debug"}
     state = checkpoints.resume_run(args.out, settings, free)
     if state:
         step = state["step"]
         best = state["best"]
         if step == args.steps:
-            print(f"{args.out}: done already, best success in the twin {best:.0%}; next: python train_rlco.py")
+            print(f"{args.out}: done already, best success in the twin {best:.0%}; {then}")
             return
         policy.load_state_dict(state["policy"], strict=False)  # what is frozen is --policy's
         optimizer.load_state_dict(state["optimizer"])
@@ -170,11 +175,9 @@ def main(args: Args):
         target = envs.VecEnv(args.task, envs.target_domain(args.target), args.num_envs, **pictures)
     print(f"{args.policy}: {sum(p.numel() for p in trainable):,} weights train on {device}; alpha {args.alpha}")
 
-    # A generator of its own: the global one stays where resuming put it.
     todo = range(step, args.steps)
     patience = checkpoints.HANGS if workers else 0
-    order = dict(batch_size=None, sampler=todo, generator=torch.Generator())
-    loader = DataLoader(batches, num_workers=workers, timeout=patience, **order)
+    loader = DataLoader(batches, batch_size=None, sampler=todo, num_workers=workers, timeout=patience)
     began = time.time()
     bar = tqdm(total=args.steps, initial=step, desc="stage I", unit="step", disable=not chief)
     for batch in loader:
@@ -232,7 +235,7 @@ def main(args: Args):
     machines.wait()  # the last checkpoint is there for all
     print(
         f"{args.out}/best: success in the twin {best:.0%} on {args.eval_episodes} validation episodes; "
-        f"tensorboard --logdir {args.out}; next: python train_rlco.py"
+        f"tensorboard --logdir {args.out}; {then}"
     )
 
 

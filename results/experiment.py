@@ -11,6 +11,7 @@ stand in this file.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,14 +19,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import tyro
+from scipy import stats
 
 from checkpoints import UserError, claim, one_line_errors, whole_file, write_file
 from envs import TASKS, VARIATIONS
-from eval_real import wilson
+from eval_real import sign_test, wilson
 from page import curve
 
 PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
@@ -213,6 +216,7 @@ class Raw:
 
     def __init__(self):
         self.success = {}  # {(run, variation or None): {domain: entry}}
+        self.episodes = {}  # {(run, domain): {training seed: success of each episode}}, without variation
         self.metrics = {}  # {run: {training seed: stage II's metrics}}
         for path in sorted(Path("results/raw").glob("*/results.json")):
             content = json.loads(path.read_text())
@@ -221,6 +225,8 @@ class Raw:
                 domains = self.success.setdefault((run, content["args"]["variation"]), {})
                 entry = domains.setdefault(result["domain"], {})
                 entry[int(seed)] = result["successes"], result["episodes"]
+                if not content["args"]["variation"]:
+                    self.episodes.setdefault((run, result["domain"]), {})[int(seed)] = result["success"]
             file = path.with_name("metrics.json")
             if file.exists():
                 self.metrics.setdefault(run, {})[int(seed)] = json.loads(file.read_text())
@@ -267,6 +273,63 @@ def compare(groups: list[list[dict]]) -> list[str]:
             text += f" ({', '.join(f'{100 * mean:.0f}' for mean in means)})"
         cells.append(text)
     return cells
+
+
+def difference(before: dict, after: dict) -> tuple[float, float, float, float] | None:
+    """How much more often `after` succeeds than `before`, both {task: {training seed: success of each episode}}, over
+    what both have -> the mean over tasks of the difference, its 95 % interval, p; None if a task is missing.
+
+    Both play the same episodes, and a training run is one draw: the interval is Student's, from how the differences of
+    a task's runs vary, and p is exact, from turning the signs of all runs' differences in all ways. Where there is one
+    training seed, episodes take the place of runs, and it is about these checkpoints alone.
+    """
+    by_task = []
+    for task in before:
+        seeds = before[task].keys() & after[task].keys()
+        by_task.append([np.subtract(after[task][s], before[task][s], dtype=float) for s in sorted(seeds)])
+    if not all(by_task):
+        return None
+    one_seed = max(map(len, by_task)) == 1
+    draws = [runs[0] if one_seed else np.mean(runs, 1) for runs in by_task]
+    mean = float(np.mean([np.mean(x) for x in draws]))
+    freedom = sum(len(x) - 1 for x in draws)
+    error = math.sqrt(sum(np.var(x, ddof=1) / len(x) for x in draws if len(x) > 1)) / len(draws)
+    half = stats.t.ppf(0.975, freedom) * error
+    every = np.concatenate(draws)
+    if one_seed:
+        p = sign_test(int((every > 0).sum()), int((every < 0).sum()))
+    else:
+        weights = np.concatenate([x / len(x) for x in draws])
+        signs = 1 - 2 * (np.arange(2 ** len(every))[:, None] >> np.arange(len(every)) & 1)
+        p = float((abs(signs @ weights) >= abs(weights.sum()) - 1e-9).mean())
+    return mean, mean - half, mean + half, p
+
+
+def difference_section(raw: Raw, title: str, policies, names: dict) -> str:
+    """What each run of `names` {its name: its title} gains on the one before it: a column for each policy."""
+    rows = []
+    for before, after in pairwise(names):
+        row = [f"{names[after]} − {names[before]}"]
+        for policy in policies:
+            runs = [
+                {task: raw.episodes.get((f"{task}-{policy}-{name}", "standin"), {}) for task in TASKS}
+                for name in (before, after)
+            ]
+            found = difference(*runs)
+            text = "–"
+            if found:
+                points, low, high = (100 * x for x in found[:3])
+                p = "p < 0.001" if found[3] < 0.001 else f"p = {found[3]:.2g}"
+                seeds = {len(entry) for entry in shared([of for run in runs for of in run.values()])}
+                text = f"{points:+.1f} [{low:+.1f}, {high:+.1f}], {p}; {max(seeds)} training seeds"
+                text = text.removesuffix("s") if max(seeds) == 1 else text
+            row.append(text)
+        if row[1:] != ["–"] * len(policies):
+            rows.append(row)
+    if not rows:
+        return ""
+    head = [f"points, {heading('standin')}, mean of the tasks", *(POLICIES[policy] for policy in policies)]
+    return f"## {title}\n\n{table(head, rows)}"
 
 
 def heading(domain: str) -> str:
@@ -412,9 +475,11 @@ def report() -> None:
         "these checkpoints do, not what another training seed would. Where there are several training seeds, each "
         "one's own rate is in brackets; else there is one. What is compared has the same training seeds: those that "
         "all cells have. Bold: the interval lies above all that it is compared with, the paradigms of a policy or the "
-        "rows of an ablation. **The stand-in is a second simulated domain, not a real robot.** Checkpoints are the "
-        "best on validation seeds in the twin.\n"
+        "rows of an ablation. Differences are paired, as all checkpoints play the same episodes; with several training "
+        "seeds their interval and the exact p are over the training runs, with one over episodes. **The stand-in is "
+        "a second simulated domain, not a real robot.** Checkpoints are the best on validation seeds in the twin.\n"
     )
+    short = {f"{paradigm}-steps1000": name for paradigm, name in PARADIGMS.items()}
     betas = {"rlco" if beta == 0.2 else f"rl-beta{beta}": f"β = {beta}" for beta in BETAS}
     expert = {f"rl_expert-beta{beta}": f"β = {beta}" for beta in BETAS}
     starts = {"rlco": "after SFT co-training", "rlco_from_real": "after real-only SFT"}
@@ -423,7 +488,9 @@ def report() -> None:
     sections = [
         intro,
         main_section(raw, "Main table", POLICIES),
+        difference_section(raw, "Differences", POLICIES, PARADIGMS),
         main_section(raw, "After a stage I of 1000 steps", ["tiny-pi05"], "-steps1000"),
+        difference_section(raw, "Differences after a stage I of 1000 steps", ["tiny-pi05"], short),
         rl_section(raw, "Forgetting, and the sweep of β", "forgetting", "sft", betas),
         rl_section(raw, "Forgetting: RL of the action expert only", "expert_only", "sft", expert),
     ]

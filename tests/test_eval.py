@@ -37,7 +37,7 @@ def test_table_has_a_row_for_each_checkpoint_and_a_column_for_each_domain():
         results.append(dict(cell, episodes=100, mean_length=30.0))
     head, _, a, b = eval_real.table(results).splitlines()
     assert "standin (not a real robot)" in head and "twin" in head
-    assert a.startswith("| a | 25 % [18, 34] of 100, 30 |") and b.endswith("| 100 % [96, 100] of 100, 30 |")
+    assert a.startswith("| a | 25 % [18, 34] of 100, 30 steps |") and b.endswith("| 100 % [96, 100] of 100, 30 steps |")
 
 
 @pytest.mark.parametrize("gained,lost", [(0, 0), (1, 0), (5, 0), (6, 0), (9, 2), (2, 9), (31, 14)])
@@ -92,6 +92,16 @@ def test_how_many_trials_show_what():
     better, worse = (rng.random((1000, 20)) < 0.5 + sign * few / 200 for sign in (1, -1))
     counts = zip((better & ~worse).sum(1), (worse & ~better).sum(1))
     assert sum(eval_real.sign_test(int(k), int(m)) < 0.05 for k, m in counts) > 760
+
+
+def test_the_videos_show_where_checkpoints_differ_and_how_the_best_one_fails():
+    before = {seed: seed in (0, 5) for seed in range(10)}
+    after = {seed: seed not in (0, 8, 9) for seed in range(10)}
+    assert eval_real.worth_seeing(dict(a=before, b=after), 4) == [0, 1, 2, 8]
+    assert eval_real.worth_seeing(dict(a=before, b=after), 1) == [0]
+    alone = eval_real.worth_seeing(dict(a=after), 4)
+    assert {0, 8} < set(alone) and len(alone) == 4
+    assert eval_real.worth_seeing(dict(a=before, b=before), 20) == list(range(10))
 
 
 def test_only_the_same_evaluation_counts_as_done(tmp_path):

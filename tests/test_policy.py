@@ -541,3 +541,13 @@ def test_exploration_that_has_died_leaves_finite_numbers():
     (logprob.sum() + entropy.sum()).backward()
     assert entropy.abs().max() < 0.01 and logprob.isfinite().all()
     assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
+
+
+def test_a_pretrained_policy_stays_normalised_as_it_was_unless_more_moves():
+    moves = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
+    still = {"q01": [-9.0] * 7, "q99": [9.0] * 6 + [-9.0]}  # wider, but the gripper stays as it is
+    wide, narrow = ({"observation.state": moves, "action": action} for action in (moves, still))
+    assert P.keeps_its_stats(P.load_policy("tiny-pi05", stats=wide), narrow)
+    assert P.keeps_its_stats(P.load_policy("tiny-pi05", stats=narrow), narrow)
+    assert not P.keeps_its_stats(P.load_policy("tiny-pi05", stats=narrow), wide)
+    assert not P.keeps_its_stats(P.load_policy("tiny-pi05"), wide)  # random weights know no units

@@ -3,6 +3,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import eval_real
@@ -43,6 +44,7 @@ def test_the_experiments_report_pools_the_episodes_of_all_training_seeds(tmp_pat
             folder.mkdir(parents=True)
             results = [
                 dict(policy=f"runs/experiment/{name}/best", domain=domain, episodes=100, successes=successes + add)
+                | dict(success=[k < successes + add for k in range(100)])
                 for domain in ("twin", "standin")
             ]
             (folder / "results.json").write_text(json.dumps(dict(results=results, args=dict(variation=None))))
@@ -68,7 +70,9 @@ def test_the_report_leaves_out_what_has_no_training_seed_in_common_yet(tmp_path,
     for name in ("rlco-s1", "rl-beta0-s2"):
         folder = tmp_path / f"results/raw/push_cube-tiny-pi05-{name}"
         folder.mkdir(parents=True)
-        results = [dict(policy=f"runs/experiment/{folder.name}/best", domain="twin", episodes=100, successes=50)]
+        results = [
+            dict(policy=f"runs/experiment/{folder.name}/best", domain="twin", episodes=100, successes=50, success=[])
+        ]
         (folder / "results.json").write_text(json.dumps(dict(results=results, args=dict(variation=None))))
         (folder / "metrics.json").write_text(
             json.dumps([{"iteration": 0, "eval/success_twin": 0.5, "eval/success_standin": 0.2, "eval/real_loss": 0.1}])
@@ -87,6 +91,27 @@ def test_the_committed_tables_are_what_the_raw_results_give(tmp_path, monkeypatc
     assert text == (root / "results/README.md").read_text()
     tables = re.findall(r"^\| (?:stand-in|twin)\b.*(?:\n\|.*)+", (root / "README.md").read_text(), re.M)
     assert len(tables) == 1 and tables[0] in text
+
+
+def test_a_difference_is_of_training_runs_where_there_are_several():
+    before = {"a": {1: [0, 0, 1, 1], 2: [0, 0, 0, 0]}, "b": {1: [1, 0, 0, 0], 2: [0, 1, 0, 0], 3: [1, 1, 1, 1]}}
+    after = {"a": {1: [1, 1, 1, 1], 2: [1, 0, 0, 0]}, "b": {1: [1, 1, 1, 0], 2: [1, 1, 1, 1]}}
+    gain = {"a": [0.5, 0.25], "b": [0.5, 0.75]}  # of each run: seed 3 is in one of them alone
+    error = ((0.125**2 * 2 / 2 + 0.125**2 * 2 / 2) / 4) ** 0.5  # of the mean of two means of two
+    mean, low, high, p = experiment.difference(before, after)
+    assert mean == 0.5 == np.mean(list(gain.values()))
+    assert (low, high) == pytest.approx((0.5 - 4.303 * error, 0.5 + 4.303 * error), abs=1e-3)  # two degrees of freedom
+    assert p == 2 / 16  # all gain: the most that four signs can show
+    assert experiment.difference(before, {"a": after["a"], "b": {}}) is None
+
+
+def test_with_one_training_seed_a_difference_is_of_episodes():
+    before = {"a": {1: [0] * 60 + [1] * 40}, "b": {1: [0] * 90 + [1] * 10}}
+    after = {"a": {1: [1] * 20 + [0] * 40 + [1] * 40}, "b": {1: [1] * 10 + [0] * 80 + [0] * 2 + [1] * 8}}
+    mean, low, high, p = experiment.difference(before, after)
+    error = ((0.16 + (0.12 - 0.08**2)) / 99 / 4) ** 0.5  # of a mean of 100 differences each, of both tasks
+    assert mean == pytest.approx(0.14) and high - mean == pytest.approx(1.972 * error, rel=1e-3)
+    assert p == eval_real.sign_test(30, 2)
 
 
 def test_tasks_weigh_alike_in_their_mean():

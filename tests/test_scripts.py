@@ -76,7 +76,6 @@ def test_both_stages_leave_what_they_promise(folder):
         "loss/clip_fraction",
         "loss/entropy",
         "loss/ppo",
-        "loss/anchor_to_ppo",
         "time/rollout_steps_per_second",
     } <= set(metrics[1])
     assert "eval/success_standin" in metrics[0] and "eval/real_loss" in metrics[2]
