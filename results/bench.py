@@ -1,12 +1,14 @@
 """How fast it is, beside what else there is to use.
 
 python -m results.bench env       # control steps per second beside stock ManiSkill
+python -m results.bench iteration # of stage II: its rollout and its update
 python -m results.bench busy      # stage I beside a program that keeps a core busy
 python -m results.bench update    # pi0.5's PPO update beside the public code's way of computing it
 python -m results.bench memory    # what stage II takes of a GPU's memory, counted on any machine
 """
 
-import machines  # noqa: F401, isort: skip  # first: it sets how torch's threads wait for each other
+import machines  # isort: skip  # first: it sets how torch's threads wait for each other
+import math
 import os
 import subprocess
 import sys
@@ -18,9 +20,15 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+import train_rlco
 from data import SEEDS_PER_BLOCK, worker_pool
-from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, Batch, VecEnv, demonstrations, joint_targets, make
-from policy import PRESETS, Pi05, load_policy
+from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, Batch, VecEnv, demonstrations, joint_targets, make, rl_seed
+from policy import PRESETS, Pi05, apply_defaults, index_obs, load_policy
+
+STATS = {
+    "observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
+    "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]},
+}
 
 
 @dataclass
@@ -132,13 +140,9 @@ def bench_env(args: Env) -> None:
     print(f"stock ManiSkill, PushCube-v1, {size}, {args.workers} processes: {stock:.0f} control steps/s")
 
     still = np.zeros((args.num_envs, args.chunk, 7), np.float32)
-    stats = {
-        "observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
-        "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]},
-    }
     ways = {f"alone, chunk {args.chunk}": lambda obs: still}
     for chunk in (args.chunk, PRESETS["tiny-pi05"]["chunk"]):
-        policy = load_policy("tiny-pi05", stats=stats, chunk=chunk, action_horizon=chunk)
+        policy = load_policy("tiny-pi05", stats=STATS, chunk=chunk, action_horizon=chunk)
         ways[f"with the default policy, chunk {chunk}"] = lambda obs, policy=policy: (
             policy.act(obs, sample=True).actions
         )
@@ -165,6 +169,45 @@ def bench_env(args: Env) -> None:
                 f"{rate / stock:.1f} x stock, {rate / floor:.2f} of the floor"
             )
         world.close()
+
+
+@dataclass
+class Iteration:
+    """Seconds of an iteration of stage II with its defaults, of the default policy: its rollout and its update."""
+
+    task: str = "push_cube"
+    """A task of envs.py."""
+    repeats: int = 3
+    """Timed iterations, after one that warms up."""
+
+
+def bench_iteration(args: Iteration) -> None:
+    settings = train_rlco.Args(target_kl=float("inf"), critic_warmup=0, acting_groups=1)  # no update ends early
+    policy = load_policy("tiny-pi05", stats=STATS)
+    apply_defaults(settings, policy, train_rlco.DEFAULTS)
+    critic = list(policy.value_head.parameters())
+    actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head")]
+    groups = [dict(params=actor, lr=settings.lr), dict(params=critic, lr=settings.value_lr)]
+    optimizer = machines.AdamW(groups, betas=(0.9, 0.95), weight_decay=0)
+    twin = VecEnv(args.task, TWIN, settings.num_envs)
+    decisions = math.ceil(twin.max_episode_steps / policy.chunk)
+    for iteration in range(args.repeats + 1):
+        start = time.time()
+        experience = train_rlco.rollout(policy, twin, rl_seed(1, iteration), decisions)
+        acted = time.time()
+        names = ("reward", "value", "last_value", "truncated_value", "terminated", "truncated")
+        columns = [experience[name] for name in names]
+        experience["advantage"], experience["returns"] = train_rlco.gae(*columns, settings.gamma, settings.gae_lambda)
+        real = index_obs(experience["obs"][0][0], slice(settings.anchor_batch_size))  # in the place of demonstrations
+        size = (settings.anchor_batch_size, policy.horizon)
+        real |= dict(action=torch.zeros(*size, 7), action_is_pad=torch.zeros(size, dtype=torch.bool))
+        log = train_rlco.update(policy, optimizer, experience, [real] * 999, 0, iteration, settings)
+        if iteration:
+            print(
+                f"{args.task}, {settings.num_envs} worlds, {decisions} decisions: rollout {acted - start:.1f} s, "
+                f"update {time.time() - acted:.1f} s ({log['time/updates']} gradient steps)"
+            )
+    twin.close()
 
 
 @dataclass
@@ -400,5 +443,6 @@ def bench_memory(args: Memory) -> None:
 
 
 if __name__ == "__main__":
-    args = tyro.extras.subcommand_cli_from_dict(dict(env=Env, busy=Busy, update=Update, memory=Memory))
-    {Env: bench_env, Busy: bench_busy, Update: bench_update, Memory: bench_memory}[type(args)](args)
+    benches = {Env: bench_env, Iteration: bench_iteration, Busy: bench_busy, Update: bench_update, Memory: bench_memory}
+    args = tyro.extras.subcommand_cli_from_dict({bench.__name__.lower(): bench for bench in benches})
+    benches[type(args)](args)
