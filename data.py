@@ -64,6 +64,104 @@ def demos_path(task: str, domain_name: str, held_out: bool = False, folder: Path
     return folder / f"{task}-{domain_name}{'-val' if held_out else ''}"
 
 
+# ---- demonstrations and their mixture ---------------------------------------------------------------------------
+
+
+@dataclass
+class Demonstrations:
+    """N frames of E episodes, in order. len() is N."""
+
+    path: Path
+    fps: float  # Hz, the rate of the actions
+    state: np.ndarray  # float32 [N,7]
+    action: np.ndarray  # float32 [N * steps,7]
+    prompt: np.ndarray  # str objects [N]
+    bounds: np.ndarray  # int [E+1]: episode e is the frames bounds[e] .. bounds[e+1]-1
+    frames: "np.ndarray | FramesOnDisk"  # frames[int array [n]] -> uint8 [n,H,W,3]
+    image_shape: tuple[int, int, int]  # (H, W, 3)
+    steps: int = 1  # actions from a frame to the next, more than 1 where frames were recorded at a lower rate
+
+    def __len__(self):
+        return len(self.state)
+
+    def sha256(self) -> str:
+        """Of states, actions, prompts and the episodes' bounds; pictures would take minutes."""
+        total = hashlib.sha256()
+        for array in (self.state, self.action, self.bounds):
+            total.update(np.ascontiguousarray(array).tobytes())
+        total.update("\0".join(self.prompt).encode())
+        return total.hexdigest()
+
+    def part(self, first: int, last: int) -> "Demonstrations":
+        """Episodes first .. last-1."""
+        start, end = self.bounds[[first, last]]
+        return replace(
+            self,
+            state=self.state[start:end],
+            action=self.action[start * self.steps : end * self.steps],
+            prompt=self.prompt[start:end],
+            bounds=self.bounds[first : last + 1] - start,
+            frames=self.frames[start:end] if isinstance(self.frames, np.ndarray) else self.frames.part(first, last),
+        )
+
+
+@dataclass
+class Mixture(torch.utils.data.Dataset):
+    """The data of stage I, alpha * E_sim + (1 - alpha) * E_real, as batches: item k is the whole batch k.
+
+    Frames are drawn uniformly, with replacement. Batch k depends on nothing but (seed, k), so training resumes by
+    starting there: DataLoader(mixture, batch_size=None, sampler=range(k, steps), num_workers=...). alpha = 0 needs no
+    `sim` (real-only SFT, the anchor of stage II), alpha = 1 no `real` (None).
+
+    A batch: "image" uint8 [B,H,W,3], "state" float32 [B,7] and "prompt", B str, at a time t; "action" float32
+    [B,horizon,7] of t .. t+horizon-1; "action_is_pad" bool [B,horizon], True past the end of the episode (where the
+    last action is repeated, as in LeRobot); "is_sim" bool [B].
+    """
+
+    real: Demonstrations | None
+    batch_size: int
+    horizon: int
+    seed: int
+    sim: Demonstrations | None = None
+    alpha: float = 0.0  # the share of simulated samples, exact over the batches together
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha is a share, 0 (only real samples) to 1 (only simulated ones), not {self.alpha}")
+        missing = "simulated" if self.sim is None else "real"
+        if (self.sim is None and self.alpha > 0) or (self.real is None and self.alpha < 1):
+            raise UserError(f"alpha = {self.alpha} needs {missing} demonstrations as well")
+        if self.real is not None and self.sim is not None and self.real.image_shape != self.sim.image_shape:
+            real, sim = self.real, self.sim
+            raise UserError(f"{real.path} has images {real.image_shape}, but {sim.path} {sim.image_shape}")
+        self.sim_per_batch = Fraction(str(self.alpha)) * self.batch_size  # exact: in floats, 0.29 * 100 < 29
+
+    def __getitem__(self, k):
+        # Where alpha * batch_size is no integer, batches differ by one sample, and the first k have alpha of theirs.
+        n_sim = math.floor((k + 1) * self.sim_per_batch) - math.floor(k * self.sim_per_batch)
+        rng = np.random.default_rng((self.seed, k))
+        parts = []
+        for dataset, n in ((self.real, self.batch_size - n_sim), (self.sim, n_sim)):
+            if n > 0:
+                parts.append(self._sample(dataset, rng.integers(len(dataset), size=n)))
+        arrays = ("image", "state", "action", "action_is_pad")
+        batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in arrays}
+        batch["prompt"] = [prompt for part in parts for prompt in part["prompt"]]
+        batch["is_sim"] = torch.arange(self.batch_size) >= self.batch_size - n_sim
+        return batch
+
+    def _sample(self, dataset, t):
+        end = dataset.bounds[np.searchsorted(dataset.bounds, t, side="right")] * dataset.steps  # of each one's episode
+        chunk = t[:, None] * dataset.steps + np.arange(self.horizon)
+        return {
+            "image": dataset.frames[t],
+            "state": dataset.state[t],
+            "prompt": dataset.prompt[t],
+            "action": dataset.action[np.minimum(chunk, end[:, None] - 1)],
+            "action_is_pad": chunk >= end[:, None],
+        }
+
+
 # ---- statistics -------------------------------------------------------------------------------------------------
 
 
@@ -143,269 +241,56 @@ def still_dims(*datasets: "Demonstrations") -> str:
     return f"never moved: {'; '.join(still)}" if still else ""
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------
+# ---- what the stages read ---------------------------------------------------------------------------------------
 
 
-class DatasetWriter:
-    """Writes a LeRobot v3.0 dataset at `fps` Hz, one episode at a time; a context manager.
+def collect_missing(args, image_size: int) -> None:
+    """Collect the default demonstrations of a task if some are missing that `args`, a script's, put no others in place
+    of (sim, real, real_val); with pictures of `image_size` pixels."""
+    needed = []
+    if args.alpha > 0 and not args.sim:
+        needed.append(demos_path(args.task, "twin"))
+    if args.alpha < 1 and not args.real:
+        needed.append(demos_path(args.task, args.target))
+    if not args.real and not args.real_val:
+        needed.append(demos_path(args.task, args.target, held_out=True))
+    if not all(path.exists() for path in needed):
+        collect(CollectArgs(task=args.task, target=args.target, render=args.render, image_size=image_size))
 
-    `path` appears, complete, when the `with` block ends; if that fails or is interrupted, nothing is left behind. What
-    exists is never written into (UserError). Frames become PNG columns, which are exact, or with `video=True` H.264
-    video, which is lossy and several times smaller.
+
+def open_sim(args, image_size: int) -> Demonstrations:
+    """The simulated demonstrations that a script's args (task, sim) name, with pictures of `image_size` pixels."""
+    import envs
+
+    return load_dataset(args.sim or demos_path(args.task, "twin"), fps=envs.CONTROL_HZ, image_size=image_size)
+
+
+def open_real(args, image_size: int, train: bool) -> tuple[Demonstrations | None, Demonstrations]:
+    """The real demonstrations that a stage trains on (None without `train`), and others, on which it only measures.
+
+    `args` are a script's: task, target, real, num_real, real_val, camera; pictures get `image_size` pixels. Of a
+    dataset of one's own without a real_val the last tenth of the episodes is held out.
     """
+    import envs
 
-    def __init__(self, path: str | Path, fps: float, video: bool = False):
-        self.path = Path(path)
-        self.fps = fps
-        self.video = video
-        self._refuse_what_exists()
-        self.temporary = self.path.with_name(f".{self.path.name}.partial")
-        claim(self.temporary)
-        self.root = self.temporary / "dataset"
-        shutil.rmtree(self.root, ignore_errors=True)  # of a writer that was killed
-        (self.root / "meta/episodes/chunk-000").mkdir(parents=True)
-        self.image_shape = None  # (H, W, 3) of the first episode, and so of all
-        self.episodes = []  # a row of meta/episodes each
-        self.tasks = {}  # prompt -> its task_index
-        self.columns = []  # of each episode, without the images, for the statistics of all
-        self.num_frames = 0
-        self.histogram = np.zeros((3, 256), np.int64)  # of the pixels of all images, by colour
-        self.files = []  # paths of the data file and, with `video`, the video file that episodes are appended to
-        self.file_index = -1  # of `files`; -1: none was begun
-        self.data_file = None
-        self.video_file = None
-        self.video_stream = None
-        self.video_frames = 0  # frames in video_file
-
-    def _refuse_what_exists(self):
-        if self.path.exists():
-            raise UserError(f"{self.path} exists already: delete it, or choose another folder")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, error, *_):
-        try:
-            self._close_files()
-            if error is None:
-                self._write_meta()
-                self._refuse_what_exists()  # once more: another process may have been faster
-                os.rename(self.root, self.path)
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def add_episode(self, episode: dict) -> None:
-        """Append {"image" uint8 [T,H,W,3], "state" [T,7], "action" [T,7], "prompt" str} and, if it has them,
-        "seed" int. UserError for wrong shapes, different lengths, NaN."""
-        image = np.asarray(episode["image"])
-        state = np.asarray(episode["state"], np.float32)
-        action = np.asarray(episode["action"], np.float32)
-        prompt = str(episode["prompt"])
-        number = len(self.episodes)
-        length = len(image)
-        self._check_episode(image, state, action)
-        self.image_shape = image.shape[1:]
-
-        frame = np.arange(length)
-        columns = {
-            STATE: state,
-            ACTION: action,
-            "timestamp": (frame / self.fps).astype(np.float32),
-            "frame_index": frame,
-            "episode_index": np.full(length, number),
-            "index": self.num_frames + frame,
-            "task_index": np.full(length, self.tasks.setdefault(prompt, len(self.tasks))),
-        }
-        table = self._table(columns, image)
-        if not self.files or sum(path.stat().st_size for path in self.files if path.exists()) > FILE_BYTES:
-            self._close_files()
-            self._open_files(table.schema)
-        self.data_file.write_table(table)  # a row group an episode: its frames can be read without the others
-
-        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
-        row = {"episode_index": number, "tasks": [prompt], "length": length}
-        row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + length}
-        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        row |= {"data/chunk_index": chunk_index, "data/file_index": file_index}
-        if self.video:
-            row[f"videos/{IMAGE}/chunk_index"] = chunk_index
-            row[f"videos/{IMAGE}/file_index"] = file_index
-            row[f"videos/{IMAGE}/from_timestamp"] = self.video_frames / self.fps
-            self._write_video(image)
-            row[f"videos/{IMAGE}/to_timestamp"] = self.video_frames / self.fps
-        if "seed" in episode:
-            row["seed"] = int(episode["seed"])
-        histogram = np.stack([np.bincount(image[..., colour].ravel(), minlength=256) for colour in range(3)])
-        stats = {key: _stats(x) for key, x in columns.items()} | {IMAGE: _image_stats(histogram, length)}
-        row |= {f"stats/{key}/{name}": x.tolist() for key, stat in stats.items() for name, x in stat.items()}
-
-        self.episodes.append(row)
-        self.columns.append(columns)
-        self.histogram += histogram
-        self.num_frames += length
-
-    def _check_episode(self, image, state, action):
-        where = f"{self.path}: episode {len(self.episodes)}"
-        height_width = (self.image_shape or image.shape[1:])[:2]
-        if image.dtype != np.uint8 or image.ndim != 4 or len(image) == 0 or image.shape[1:] != (*height_width, 3):
-            raise UserError(f"{where}: image must be uint8 [T,H,W,3], of one size, not {image.dtype} {image.shape}")
-        for name, x in (("state", state), ("action", action)):
-            if x.shape != (len(image), len(DIMS)):
-                raise UserError(f"{where}: {name} has shape {x.shape}, {(len(image), len(DIMS))} is needed")
-            if not np.isfinite(x).all():
-                raise UserError(f"{where}: {name} has a NaN or an infinity")
-        if self.video and any(size % 2 for size in height_width):
-            raise UserError(f"{where}: H.264 needs an even height and width, not {height_width}; use video=False")
-
-    def _table(self, columns, image):
-        table = {}
-        for key, x in columns.items():
-            table[key] = pa.array(x) if x.ndim == 1 else pa.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1])
-        if not self.video:
-            pngs = pa.array(map(_encode_png, image), pa.binary())
-            table[IMAGE] = pa.StructArray.from_arrays([pngs, pa.nulls(len(image), pa.string())], ["bytes", "path"])
-        return pa.table(table)
-
-    def _open_files(self, schema):
-        self.file_index += 1
-        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
-        templates = (DATA_PATH, VIDEO_PATH) if self.video else (DATA_PATH,)
-        for template in templates:
-            path = self.root / template.format(video_key=IMAGE, chunk_index=chunk_index, file_index=file_index)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.files.append(path)
-        self.data_file = pq.ParquetWriter(self.files[0], schema)
-        if self.video:
-            self.video_file = av.open(str(self.files[1]), "w")
-            self.video_frames = 0
-            # Every second frame is a key frame, as in LeRobot: any frame decodes from at most one other.
-            options = {"crf": "18", "g": "2"}
-            self.video_stream = self.video_file.add_stream("libx264", rate=Fraction(self.fps), options=options)
-            self.video_stream.height = self.image_shape[0]
-            self.video_stream.width = self.image_shape[1]
-            self.video_stream.pix_fmt = "yuv420p"
-
-    def _write_video(self, image):
-        for picture in image:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = self.video_frames
-            frame.time_base = 1 / Fraction(self.fps)
-            self.video_file.mux(self.video_stream.encode(frame))
-            self.video_frames += 1
-
-    def _close_files(self):
-        if self.data_file:
-            self.data_file.close()
-        if self.video_file:
-            self.video_file.mux(self.video_stream.encode())  # the frames that the encoder still holds
-            self.video_file.close()
-        self.data_file = None
-        self.video_file = None
-        self.files = []
-
-    def _write_meta(self):
-        if not self.episodes:
-            raise UserError(f"{self.path}: there is no episode to write")
-        meta = self.root / "meta"
-        stats = {key: _stats(np.concatenate([c[key] for c in self.columns])) for key in self.columns[0]}
-        stats[IMAGE] = _image_stats(self.histogram, self.num_frames)
-        stats = {key: {name: x.tolist() for name, x in stat.items()} for key, stat in stats.items()}
-        (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
-        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
-        pq.write_table(pa.Table.from_pylist(self.episodes), meta / "episodes/chunk-000/file-000.parquet")
-        # LeRobot looks tasks up in a pandas index: this metadata makes the column one, without needing pandas here.
-        columns = [
-            {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
-            for name, kind, dtype in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
-        ]
-        pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
-        tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
-        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), meta / "tasks.parquet")
-
-    def _info(self):
-        """The content of meta/info.json."""
-        height, width, _ = self.image_shape
-        image = {"dtype": "image", "shape": list(self.image_shape), "names": ["height", "width", "channels"]}
-        if self.video:
-            info = {"video.height": height, "video.width": width, "video.channels": 3, "video.codec": "h264"}
-            info |= {"video.pix_fmt": "yuv420p", "video.fps": self.fps, "video.is_depth_map": False, "has_audio": False}
-            image |= {"dtype": "video", "info": info}
-        vector = {"dtype": "float32", "shape": [len(DIMS)], "names": list(DIMS)}
-        features = {IMAGE: image, STATE: vector, ACTION: vector}
-        for key, x in self.columns[0].items():
-            if x.ndim == 1:
-                features[key] = {"dtype": str(x.dtype), "shape": [1], "names": None}
-        return {
-            "codebase_version": "v3.0",
-            "robot_type": "panda",
-            "total_episodes": len(self.episodes),
-            "total_frames": self.num_frames,
-            "total_tasks": len(self.tasks),
-            "chunks_size": FILES_PER_CHUNK,
-            "data_files_size_in_mb": FILE_BYTES >> 20,
-            "video_files_size_in_mb": FILE_BYTES >> 20,
-            "fps": self.fps,
-            "splits": {"train": f"0:{len(self.episodes)}"},
-            "data_path": DATA_PATH,
-            "video_path": VIDEO_PATH if self.video else None,
-            "features": features,
-        }
-
-
-def _encode_png(picture):
-    encoder = av.CodecContext.create("png", "w")
-    encoder.height, encoder.width = picture.shape[:2]
-    encoder.pix_fmt = "rgb24"
-    encoder.time_base = Fraction(1)
-    return bytes(encoder.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))[0])
-
-
-def write_dataset(path: str | Path, episodes: Iterable[dict], fps: float, video: bool = False) -> None:
-    """Write episodes (see DatasetWriter.add_episode) as a LeRobot v3.0 dataset, whole or not at all."""
-    with DatasetWriter(path, fps, video) as writer:
-        for episode in episodes:
-            writer.add_episode(episode)
+    given = dict(fps=envs.CONTROL_HZ, image_size=image_size, camera=args.camera)
+    path = args.real or demos_path(args.task, args.target)
+    if args.real_val or not args.real:
+        held_out = load_dataset(args.real_val or demos_path(args.task, args.target, held_out=True), **given)
+        return load_dataset(path, num_episodes=args.num_real, **given) if train else None, held_out
+    whole = load_dataset(path, **given)
+    episodes = len(whole.bounds) - 1
+    kept = episodes - max(1, episodes // 10)
+    if not 1 <= (args.num_real or kept) <= kept:
+        raise UserError(
+            f"{path} has {episodes} episodes, of which the last {episodes - kept} are held out: use at most {kept}, or "
+            "name others with --real-val"
+        )
+    print(f"{path}: without --real-val, its last {episodes - kept} of {episodes} episodes are held out")
+    return whole.part(0, args.num_real or kept) if train else None, whole.part(kept, episodes)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Demonstrations:
-    """N frames of E episodes, in order. len() is N."""
-
-    path: Path
-    fps: float  # Hz, the rate of the actions
-    state: np.ndarray  # float32 [N,7]
-    action: np.ndarray  # float32 [N * steps,7]
-    prompt: np.ndarray  # str objects [N]
-    bounds: np.ndarray  # int [E+1]: episode e is the frames bounds[e] .. bounds[e+1]-1
-    frames: "np.ndarray | FramesOnDisk"  # frames[int array [n]] -> uint8 [n,H,W,3]
-    image_shape: tuple[int, int, int]  # (H, W, 3)
-    steps: int = 1  # actions from a frame to the next, more than 1 where frames were recorded at a lower rate
-
-    def __len__(self):
-        return len(self.state)
-
-    def sha256(self) -> str:
-        """Of states, actions, prompts and the episodes' bounds; pictures would take minutes."""
-        total = hashlib.sha256()
-        for array in (self.state, self.action, self.bounds):
-            total.update(np.ascontiguousarray(array).tobytes())
-        total.update("\0".join(self.prompt).encode())
-        return total.hexdigest()
-
-    def part(self, first: int, last: int) -> "Demonstrations":
-        """Episodes first .. last-1."""
-        start, end = self.bounds[[first, last]]
-        return replace(
-            self,
-            state=self.state[start:end],
-            action=self.action[start * self.steps : end * self.steps],
-            prompt=self.prompt[start:end],
-            bounds=self.bounds[first : last + 1] - start,
-            frames=self.frames[start:end] if isinstance(self.frames, np.ndarray) else self.frames.part(first, last),
-        )
 
 
 def load_dataset(
@@ -797,122 +682,7 @@ def _read_vectors(path, table, key, rows):
     return x
 
 
-# ---- other people's units ---------------------------------------------------------------------------------------
-
-NAMES = {  # what the names of dimensions can say that makes them others than DIMS
-    "joint angles": r"joint|(^|[^a-z])j_?\d|shoulder|elbow|wrist_\d|waist",
-    "quaternions": r"quat|(^|[^a-z])q[wxyz]$",
-    "axes of rotation": r"axis_?angle|rot_?vec",
-    "velocities": r"vel|(^|[^a-z])v[xyz]$",
-}
-DOWN = Rotation.from_euler("x", np.pi)  # where a tool points whose roll, pitch and yaw are 0 here, in the base frame
-FEW = 12  # frames, with fewer of which ranges say nothing
-
-
-def _to_own_units(meta, rows, bounds) -> None:
-    """Bring state and action to README's units in place where it is certain how, and say so; UserError where it is
-    certain that they are something else. Names and ranges tell; what neither tells is left as it is."""
-    state = rows[STATE]
-    action = rows[ACTION]
-    for key, names in meta.names.items():
-        for what, pattern in NAMES.items():
-            found = [name for name in names if re.search(pattern, name, re.IGNORECASE)]
-            if found:
-                _refuse(meta, key, f"is named {' '.join(found)}: {what}")
-    if len(action) < FEW:
-        _own_gripper(meta, state, action)
-        return
-
-    for key, x in ((STATE, state), (ACTION, action)):
-        length = np.linalg.norm(x[:, 3:], axis=1)
-        if np.allclose(length, 1, atol=1e-3) and np.linalg.norm(x[:, 3:6], axis=1).max() > 0.3:
-            _refuse(meta, key, "has a length of 1 in its last four numbers: quaternions")
-        for name, size, limit in zip(DIMS, np.quantile(np.abs(x), 0.99, axis=0), [5] * 3 + [2 * np.pi] * 3 + [5]):
-            if size > limit:  # far beyond what an arm does, as units are other ones by factors
-                _refuse(meta, key, f"has a {name} of {size:.4g}: not in m, rad, or -1 .. 1")
-    for name, low, high in zip(DIMS, *np.quantile(state[:, :3], [0.01, 0.99], axis=0)):
-        if max(low, -high) > 1.5:
-            _refuse(meta, STATE, f"has a {name} between {low:.3g} and {high:.3g}: out of an arm's reach from its base")
-    for i, (low, high) in enumerate(np.quantile(action[:, :6], [0.01, 0.99], axis=0).T):
-        if max(low, -high) > (0.1 if i < 3 else 0.3):
-            _refuse(meta, ACTION, f"has a {DIMS[i]} between {low:.3g} and {high:.3g}: absolute poses or joint angles")
-    following = action[:-1, :3] - state[1:, :3]
-    if np.sqrt(np.square(following).mean()) < 0.3 * state[:, :3].std(0).max():
-        _refuse(meta, ACTION, "is where the state comes to be: absolute poses or joint angles")
-    _own_gripper(meta, state, action)
-
-    if (np.abs(state[:, 3]) > 2).all():
-        meta.notes.append("roll pitch yaw of the state are counted from pointing down instead of from the base's axes")
-        state[:, 3:6] = (Rotation.from_euler("xyz", state[:, 3:6]) * DOWN.inv()).as_euler("xyz")
-    span = 4  # steps, so that an arm that follows late has moved
-    start = np.flatnonzero(np.repeat(bounds[1:], np.diff(bounds)) - np.arange(len(state)) > span)
-    commanded = np.cumsum(np.concatenate([np.zeros((1, 3)), action[:, :3]]), axis=0)
-    commanded = commanded[start + span] - commanded[start]
-    moved = state[start + span, :3].astype(float) - state[start, :3]
-    product = (commanded * moved).sum()
-    alike = product / max(1e-9, np.sqrt(np.square(commanded).sum() * np.square(moved).sum()))
-    times = product / max(1e-9, np.square(moved).sum())
-    if len(start) > 4 * FEW and abs(alike) > 0.8 and not 1 / 3 < times < 3:
-        why = f"adds up to {times:.3g} times the way of the state: not in m a step, or in another frame"
-        _refuse(meta, ACTION, why)
-
-    tool = Rotation.from_euler("xyz", state[:, 3:6]) * DOWN
-    before = tool[start]
-    after = tool[start + span]
-    in_base = in_tool = Rotation.identity(len(start))
-    for k in range(span):
-        turn = Rotation.from_euler("xyz", action[start + k, 3:6])
-        in_base = turn * in_base
-        in_tool = in_tool * turn
-    turning = in_base.magnitude() > 0.02  # rad
-    error_base = (in_base * before * after.inv()).magnitude()[turning]
-    error_tool = (before * in_tool * after.inv()).magnitude()[turning]
-    if turning.sum() > FEW and error_tool.mean() < 0.5 * error_base.mean():
-        meta.notes.append("rotations of the action are brought from the tool's frame to the base's")
-        turn = tool.apply(Rotation.from_euler("xyz", action[:, 3:6]).as_rotvec())
-        action[:, 3:6] = Rotation.from_rotvec(turn).as_euler("xyz")
-
-
-def _refuse(meta, key, why):
-    needed = "x y z (m) roll pitch yaw (rad)" if key == STATE else "changes of x y z (m) roll pitch yaw (rad) a step"
-    raise UserError(f"{meta.root}: {meta.keys[key]} {why}; {needed} and a gripper of -1 (closed) .. 1 are needed")
-
-
-def _own_gripper(meta, state, action) -> None:
-    """Bring the gripper of both from metres or 0 .. 1 to -1 (closed) .. 1, in place, or refuse it."""
-    columns = {ACTION: action[:, 6], STATE: state[:, 6]}
-    in_metres = {}
-    from_zero = {}
-    for key, x in columns.items():
-        in_metres[key] = np.ptp(x) > 0.01 and x.min() > -0.002 and 0.03 < x.max() < 0.11
-        from_zero[key] = -0.05 < x.min() < 0.2 and 0.8 < x.max() < 1.05
-        if len(x) < FEW:  # only what is certain
-            from_zero[key] = set(x.tolist()) == {0, 1}
-    told = columns[ACTION]
-    shown = columns[STATE]
-    widest = np.abs(told).max()
-    if len(told) >= FEW and not in_metres[ACTION] and np.ptp(told) > 0.005 and widest < 0.2:
-        _refuse(meta, ACTION, f"has a gripper of at most {widest:.3g}: joint angles or velocities")
-    for key, x in columns.items():
-        if in_metres[key]:
-            full = 0.04 if x.max() < 0.0405 else max(0.08, x.max())  # of one finger, or between both
-            meta.notes.append(f"{meta.keys[key]}: gripper from 0 .. {full:.2g} m to -1 .. 1")
-            x[:] = np.clip(x / full * 2 - 1, -1, 1)
-        # The state alone may run from 0 to 1 in our units, too: of a hand that only closes around things.
-        elif from_zero[key] and (from_zero[ACTION] or in_metres[ACTION]):
-            meta.notes.append(f"{meta.keys[key]}: gripper from 0 (taken for closed) .. 1 (open) to -1 .. 1")
-            x[:] = x * 2 - 1
-
-    if len(told) < 4 * FEW or np.ptp(told) < 0.5 or np.ptp(shown) < 0.3:
-        return
-    with np.errstate(invalid="ignore", divide="ignore"):  # the hand moves some steps after it was told to
-        alike = [np.corrcoef(told[: len(told) - lag], shown[lag:])[0, 1] for lag in range(6)]
-    if max(np.nan_to_num(alike), key=abs) < -0.7:
-        if not in_metres[STATE]:  # which of the two is right is not certain
-            _refuse(meta, ACTION, "has a gripper that closes where the state's opens")
-        told *= -1
-        meta.notes.append(f"{meta.keys[ACTION]}: gripper turned round, which closed at its higher end")
-
+# ---- pictures ---------------------------------------------------------------------------------------------------
 
 # what the libraries raise for broken files, and for columns or streams that are not there
 UNREADABLE = (pa.ArrowException, av.error.FFmpegError, OSError, ValueError, LookupError, AttributeError, SyntaxError)
@@ -1056,110 +826,345 @@ def _decode_video(path, times):
         yield to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
-def collect_missing(args, image_size: int) -> None:
-    """Collect the default demonstrations of a task if some are missing that `args`, a script's, put no others in place
-    of (sim, real, real_val); with pictures of `image_size` pixels."""
-    needed = []
-    if args.alpha > 0 and not args.sim:
-        needed.append(demos_path(args.task, "twin"))
-    if args.alpha < 1 and not args.real:
-        needed.append(demos_path(args.task, args.target))
-    if not args.real and not args.real_val:
-        needed.append(demos_path(args.task, args.target, held_out=True))
-    if not all(path.exists() for path in needed):
-        collect(CollectArgs(task=args.task, target=args.target, render=args.render, image_size=image_size))
+# ---- other people's units ---------------------------------------------------------------------------------------
+
+NAMES = {  # what the names of dimensions can say that makes them others than DIMS
+    "joint angles": r"joint|(^|[^a-z])j_?\d|shoulder|elbow|wrist_\d|waist",
+    "quaternions": r"quat|(^|[^a-z])q[wxyz]$",
+    "axes of rotation": r"axis_?angle|rot_?vec",
+    "velocities": r"vel|(^|[^a-z])v[xyz]$",
+}
+DOWN = Rotation.from_euler("x", np.pi)  # where a tool points whose roll, pitch and yaw are 0 here, in the base frame
+FEW = 12  # frames, with fewer of which ranges say nothing
 
 
-def open_sim(args, image_size: int) -> Demonstrations:
-    """The simulated demonstrations that a script's args (task, sim) name, with pictures of `image_size` pixels."""
-    import envs
+def _to_own_units(meta, rows, bounds) -> None:
+    """Bring state and action to README's units in place where it is certain how, and say so; UserError where it is
+    certain that they are something else. Names and ranges tell; what neither tells is left as it is."""
+    state = rows[STATE]
+    action = rows[ACTION]
+    for key, names in meta.names.items():
+        for what, pattern in NAMES.items():
+            found = [name for name in names if re.search(pattern, name, re.IGNORECASE)]
+            if found:
+                _refuse(meta, key, f"is named {' '.join(found)}: {what}")
+    if len(action) < FEW:
+        _own_gripper(meta, state, action)
+        return
 
-    return load_dataset(args.sim or demos_path(args.task, "twin"), fps=envs.CONTROL_HZ, image_size=image_size)
+    for key, x in ((STATE, state), (ACTION, action)):
+        length = np.linalg.norm(x[:, 3:], axis=1)
+        if np.allclose(length, 1, atol=1e-3) and np.linalg.norm(x[:, 3:6], axis=1).max() > 0.3:
+            _refuse(meta, key, "has a length of 1 in its last four numbers: quaternions")
+        for name, size, limit in zip(DIMS, np.quantile(np.abs(x), 0.99, axis=0), [5] * 3 + [2 * np.pi] * 3 + [5]):
+            if size > limit:  # far beyond what an arm does, as units are other ones by factors
+                _refuse(meta, key, f"has a {name} of {size:.4g}: not in m, rad, or -1 .. 1")
+    for name, low, high in zip(DIMS, *np.quantile(state[:, :3], [0.01, 0.99], axis=0)):
+        if max(low, -high) > 1.5:
+            _refuse(meta, STATE, f"has a {name} between {low:.3g} and {high:.3g}: out of an arm's reach from its base")
+    for i, (low, high) in enumerate(np.quantile(action[:, :6], [0.01, 0.99], axis=0).T):
+        if max(low, -high) > (0.1 if i < 3 else 0.3):
+            _refuse(meta, ACTION, f"has a {DIMS[i]} between {low:.3g} and {high:.3g}: absolute poses or joint angles")
+    following = action[:-1, :3] - state[1:, :3]
+    if np.sqrt(np.square(following).mean()) < 0.3 * state[:, :3].std(0).max():
+        _refuse(meta, ACTION, "is where the state comes to be: absolute poses or joint angles")
+    _own_gripper(meta, state, action)
+
+    if (np.abs(state[:, 3]) > 2).all():
+        meta.notes.append("roll pitch yaw of the state are counted from pointing down instead of from the base's axes")
+        state[:, 3:6] = (Rotation.from_euler("xyz", state[:, 3:6]) * DOWN.inv()).as_euler("xyz")
+    span = 4  # steps, so that an arm that follows late has moved
+    start = np.flatnonzero(np.repeat(bounds[1:], np.diff(bounds)) - np.arange(len(state)) > span)
+    commanded = np.cumsum(np.concatenate([np.zeros((1, 3)), action[:, :3]]), axis=0)
+    commanded = commanded[start + span] - commanded[start]
+    moved = state[start + span, :3].astype(float) - state[start, :3]
+    product = (commanded * moved).sum()
+    alike = product / max(1e-9, np.sqrt(np.square(commanded).sum() * np.square(moved).sum()))
+    times = product / max(1e-9, np.square(moved).sum())
+    if len(start) > 4 * FEW and abs(alike) > 0.8 and not 1 / 3 < times < 3:
+        why = f"adds up to {times:.3g} times the way of the state: not in m a step, or in another frame"
+        _refuse(meta, ACTION, why)
+
+    tool = Rotation.from_euler("xyz", state[:, 3:6]) * DOWN
+    before = tool[start]
+    after = tool[start + span]
+    in_base = in_tool = Rotation.identity(len(start))
+    for k in range(span):
+        turn = Rotation.from_euler("xyz", action[start + k, 3:6])
+        in_base = turn * in_base
+        in_tool = in_tool * turn
+    turning = in_base.magnitude() > 0.02  # rad
+    error_base = (in_base * before * after.inv()).magnitude()[turning]
+    error_tool = (before * in_tool * after.inv()).magnitude()[turning]
+    if turning.sum() > FEW and error_tool.mean() < 0.5 * error_base.mean():
+        meta.notes.append("rotations of the action are brought from the tool's frame to the base's")
+        turn = tool.apply(Rotation.from_euler("xyz", action[:, 3:6]).as_rotvec())
+        action[:, 3:6] = Rotation.from_rotvec(turn).as_euler("xyz")
 
 
-def open_real(args, image_size: int, train: bool) -> tuple[Demonstrations | None, Demonstrations]:
-    """The real demonstrations that a stage trains on (None without `train`), and others, on which it only measures.
+def _refuse(meta, key, why):
+    needed = "x y z (m) roll pitch yaw (rad)" if key == STATE else "changes of x y z (m) roll pitch yaw (rad) a step"
+    raise UserError(f"{meta.root}: {meta.keys[key]} {why}; {needed} and a gripper of -1 (closed) .. 1 are needed")
 
-    `args` are a script's: task, target, real, num_real, real_val, camera; pictures get `image_size` pixels. Of a
-    dataset of one's own without a real_val the last tenth of the episodes is held out.
+
+def _own_gripper(meta, state, action) -> None:
+    """Bring the gripper of both from metres or 0 .. 1 to -1 (closed) .. 1, in place, or refuse it."""
+    columns = {ACTION: action[:, 6], STATE: state[:, 6]}
+    in_metres = {}
+    from_zero = {}
+    for key, x in columns.items():
+        in_metres[key] = np.ptp(x) > 0.01 and x.min() > -0.002 and 0.03 < x.max() < 0.11
+        from_zero[key] = -0.05 < x.min() < 0.2 and 0.8 < x.max() < 1.05
+        if len(x) < FEW:  # only what is certain
+            from_zero[key] = set(x.tolist()) == {0, 1}
+    told = columns[ACTION]
+    shown = columns[STATE]
+    widest = np.abs(told).max()
+    if len(told) >= FEW and not in_metres[ACTION] and np.ptp(told) > 0.005 and widest < 0.2:
+        _refuse(meta, ACTION, f"has a gripper of at most {widest:.3g}: joint angles or velocities")
+    for key, x in columns.items():
+        if in_metres[key]:
+            full = 0.04 if x.max() < 0.0405 else max(0.08, x.max())  # of one finger, or between both
+            meta.notes.append(f"{meta.keys[key]}: gripper from 0 .. {full:.2g} m to -1 .. 1")
+            x[:] = np.clip(x / full * 2 - 1, -1, 1)
+        # The state alone may run from 0 to 1 in our units, too: of a hand that only closes around things.
+        elif from_zero[key] and (from_zero[ACTION] or in_metres[ACTION]):
+            meta.notes.append(f"{meta.keys[key]}: gripper from 0 (taken for closed) .. 1 (open) to -1 .. 1")
+            x[:] = x * 2 - 1
+
+    if len(told) < 4 * FEW or np.ptp(told) < 0.5 or np.ptp(shown) < 0.3:
+        return
+    with np.errstate(invalid="ignore", divide="ignore"):  # the hand moves some steps after it was told to
+        alike = [np.corrcoef(told[: len(told) - lag], shown[lag:])[0, 1] for lag in range(6)]
+    if max(np.nan_to_num(alike), key=abs) < -0.7:
+        if not in_metres[STATE]:  # which of the two is right is not certain
+            _refuse(meta, ACTION, "has a gripper that closes where the state's opens")
+        told *= -1
+        meta.notes.append(f"{meta.keys[ACTION]}: gripper turned round, which closed at its higher end")
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+class DatasetWriter:
+    """Writes a LeRobot v3.0 dataset at `fps` Hz, one episode at a time; a context manager.
+
+    `path` appears, complete, when the `with` block ends; if that fails or is interrupted, nothing is left behind. What
+    exists is never written into (UserError). Frames become PNG columns, which are exact, or with `video=True` H.264
+    video, which is lossy and several times smaller.
     """
-    import envs
 
-    given = dict(fps=envs.CONTROL_HZ, image_size=image_size, camera=args.camera)
-    path = args.real or demos_path(args.task, args.target)
-    if args.real_val or not args.real:
-        held_out = load_dataset(args.real_val or demos_path(args.task, args.target, held_out=True), **given)
-        return load_dataset(path, num_episodes=args.num_real, **given) if train else None, held_out
-    whole = load_dataset(path, **given)
-    episodes = len(whole.bounds) - 1
-    kept = episodes - max(1, episodes // 10)
-    if not 1 <= (args.num_real or kept) <= kept:
-        raise UserError(
-            f"{path} has {episodes} episodes, of which the last {episodes - kept} are held out: use at most {kept}, or "
-            "name others with --real-val"
-        )
-    print(f"{path}: without --real-val, its last {episodes - kept} of {episodes} episodes are held out")
-    return whole.part(0, args.num_real or kept) if train else None, whole.part(kept, episodes)
+    def __init__(self, path: str | Path, fps: float, video: bool = False):
+        self.path = Path(path)
+        self.fps = fps
+        self.video = video
+        self._refuse_what_exists()
+        self.temporary = self.path.with_name(f".{self.path.name}.partial")
+        claim(self.temporary)
+        self.root = self.temporary / "dataset"
+        shutil.rmtree(self.root, ignore_errors=True)  # of a writer that was killed
+        (self.root / "meta/episodes/chunk-000").mkdir(parents=True)
+        self.image_shape = None  # (H, W, 3) of the first episode, and so of all
+        self.episodes = []  # a row of meta/episodes each
+        self.tasks = {}  # prompt -> its task_index
+        self.columns = []  # of each episode, without the images, for the statistics of all
+        self.num_frames = 0
+        self.histogram = np.zeros((3, 256), np.int64)  # of the pixels of all images, by colour
+        self.files = []  # paths of the data file and, with `video`, the video file that episodes are appended to
+        self.file_index = -1  # of `files`; -1: none was begun
+        self.data_file = None
+        self.video_file = None
+        self.video_stream = None
+        self.video_frames = 0  # frames in video_file
 
+    def _refuse_what_exists(self):
+        if self.path.exists():
+            raise UserError(f"{self.path} exists already: delete it, or choose another folder")
 
-# ---- mixture ----------------------------------------------------------------------------------------------------
+    def __enter__(self):
+        return self
 
+    def __exit__(self, error, *_):
+        try:
+            self._close_files()
+            if error is None:
+                self._write_meta()
+                self._refuse_what_exists()  # once more: another process may have been faster
+                os.rename(self.root, self.path)
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
-@dataclass
-class Mixture(torch.utils.data.Dataset):
-    """The data of stage I, alpha * E_sim + (1 - alpha) * E_real, as batches: item k is the whole batch k.
+    def add_episode(self, episode: dict) -> None:
+        """Append {"image" uint8 [T,H,W,3], "state" [T,7], "action" [T,7], "prompt" str} and, if it has them,
+        "seed" int. UserError for wrong shapes, different lengths, NaN."""
+        image = np.asarray(episode["image"])
+        state = np.asarray(episode["state"], np.float32)
+        action = np.asarray(episode["action"], np.float32)
+        prompt = str(episode["prompt"])
+        number = len(self.episodes)
+        length = len(image)
+        self._check_episode(image, state, action)
+        self.image_shape = image.shape[1:]
 
-    Frames are drawn uniformly, with replacement. Batch k depends on nothing but (seed, k), so training resumes by
-    starting there: DataLoader(mixture, batch_size=None, sampler=range(k, steps), num_workers=...). alpha = 0 needs no
-    `sim` (real-only SFT, the anchor of stage II), alpha = 1 no `real` (None).
-
-    A batch: "image" uint8 [B,H,W,3], "state" float32 [B,7] and "prompt", B str, at a time t; "action" float32
-    [B,horizon,7] of t .. t+horizon-1; "action_is_pad" bool [B,horizon], True past the end of the episode (where the
-    last action is repeated, as in LeRobot); "is_sim" bool [B].
-    """
-
-    real: Demonstrations | None
-    batch_size: int
-    horizon: int
-    seed: int
-    sim: Demonstrations | None = None
-    alpha: float = 0.0  # the share of simulated samples, exact over the batches together
-
-    def __post_init__(self):
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha is a share, 0 (only real samples) to 1 (only simulated ones), not {self.alpha}")
-        missing = "simulated" if self.sim is None else "real"
-        if (self.sim is None and self.alpha > 0) or (self.real is None and self.alpha < 1):
-            raise UserError(f"alpha = {self.alpha} needs {missing} demonstrations as well")
-        if self.real is not None and self.sim is not None and self.real.image_shape != self.sim.image_shape:
-            real, sim = self.real, self.sim
-            raise UserError(f"{real.path} has images {real.image_shape}, but {sim.path} {sim.image_shape}")
-        self.sim_per_batch = Fraction(str(self.alpha)) * self.batch_size  # exact: in floats, 0.29 * 100 < 29
-
-    def __getitem__(self, k):
-        # Where alpha * batch_size is no integer, batches differ by one sample, and the first k have alpha of theirs.
-        n_sim = math.floor((k + 1) * self.sim_per_batch) - math.floor(k * self.sim_per_batch)
-        rng = np.random.default_rng((self.seed, k))
-        parts = []
-        for dataset, n in ((self.real, self.batch_size - n_sim), (self.sim, n_sim)):
-            if n > 0:
-                parts.append(self._sample(dataset, rng.integers(len(dataset), size=n)))
-        arrays = ("image", "state", "action", "action_is_pad")
-        batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts])) for key in arrays}
-        batch["prompt"] = [prompt for part in parts for prompt in part["prompt"]]
-        batch["is_sim"] = torch.arange(self.batch_size) >= self.batch_size - n_sim
-        return batch
-
-    def _sample(self, dataset, t):
-        end = dataset.bounds[np.searchsorted(dataset.bounds, t, side="right")] * dataset.steps  # of each one's episode
-        chunk = t[:, None] * dataset.steps + np.arange(self.horizon)
-        return {
-            "image": dataset.frames[t],
-            "state": dataset.state[t],
-            "prompt": dataset.prompt[t],
-            "action": dataset.action[np.minimum(chunk, end[:, None] - 1)],
-            "action_is_pad": chunk >= end[:, None],
+        frame = np.arange(length)
+        columns = {
+            STATE: state,
+            ACTION: action,
+            "timestamp": (frame / self.fps).astype(np.float32),
+            "frame_index": frame,
+            "episode_index": np.full(length, number),
+            "index": self.num_frames + frame,
+            "task_index": np.full(length, self.tasks.setdefault(prompt, len(self.tasks))),
         }
+        table = self._table(columns, image)
+        if not self.files or sum(path.stat().st_size for path in self.files if path.exists()) > FILE_BYTES:
+            self._close_files()
+            self._open_files(table.schema)
+        self.data_file.write_table(table)  # a row group an episode: its frames can be read without the others
+
+        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
+        row = {"episode_index": number, "tasks": [prompt], "length": length}
+        row |= {"dataset_from_index": self.num_frames, "dataset_to_index": self.num_frames + length}
+        row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
+        row |= {"data/chunk_index": chunk_index, "data/file_index": file_index}
+        if self.video:
+            row[f"videos/{IMAGE}/chunk_index"] = chunk_index
+            row[f"videos/{IMAGE}/file_index"] = file_index
+            row[f"videos/{IMAGE}/from_timestamp"] = self.video_frames / self.fps
+            self._write_video(image)
+            row[f"videos/{IMAGE}/to_timestamp"] = self.video_frames / self.fps
+        if "seed" in episode:
+            row["seed"] = int(episode["seed"])
+        histogram = np.stack([np.bincount(image[..., colour].ravel(), minlength=256) for colour in range(3)])
+        stats = {key: _stats(x) for key, x in columns.items()} | {IMAGE: _image_stats(histogram, length)}
+        row |= {f"stats/{key}/{name}": x.tolist() for key, stat in stats.items() for name, x in stat.items()}
+
+        self.episodes.append(row)
+        self.columns.append(columns)
+        self.histogram += histogram
+        self.num_frames += length
+
+    def _check_episode(self, image, state, action):
+        where = f"{self.path}: episode {len(self.episodes)}"
+        height_width = (self.image_shape or image.shape[1:])[:2]
+        if image.dtype != np.uint8 or image.ndim != 4 or len(image) == 0 or image.shape[1:] != (*height_width, 3):
+            raise UserError(f"{where}: image must be uint8 [T,H,W,3], of one size, not {image.dtype} {image.shape}")
+        for name, x in (("state", state), ("action", action)):
+            if x.shape != (len(image), len(DIMS)):
+                raise UserError(f"{where}: {name} has shape {x.shape}, {(len(image), len(DIMS))} is needed")
+            if not np.isfinite(x).all():
+                raise UserError(f"{where}: {name} has a NaN or an infinity")
+        if self.video and any(size % 2 for size in height_width):
+            raise UserError(f"{where}: H.264 needs an even height and width, not {height_width}; use video=False")
+
+    def _table(self, columns, image):
+        table = {}
+        for key, x in columns.items():
+            table[key] = pa.array(x) if x.ndim == 1 else pa.FixedSizeListArray.from_arrays(x.ravel(), x.shape[1])
+        if not self.video:
+            pngs = pa.array(map(_encode_png, image), pa.binary())
+            table[IMAGE] = pa.StructArray.from_arrays([pngs, pa.nulls(len(image), pa.string())], ["bytes", "path"])
+        return pa.table(table)
+
+    def _open_files(self, schema):
+        self.file_index += 1
+        chunk_index, file_index = divmod(self.file_index, FILES_PER_CHUNK)
+        templates = (DATA_PATH, VIDEO_PATH) if self.video else (DATA_PATH,)
+        for template in templates:
+            path = self.root / template.format(video_key=IMAGE, chunk_index=chunk_index, file_index=file_index)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.files.append(path)
+        self.data_file = pq.ParquetWriter(self.files[0], schema)
+        if self.video:
+            self.video_file = av.open(str(self.files[1]), "w")
+            self.video_frames = 0
+            # Every second frame is a key frame, as in LeRobot: any frame decodes from at most one other.
+            options = {"crf": "18", "g": "2"}
+            self.video_stream = self.video_file.add_stream("libx264", rate=Fraction(self.fps), options=options)
+            self.video_stream.height = self.image_shape[0]
+            self.video_stream.width = self.image_shape[1]
+            self.video_stream.pix_fmt = "yuv420p"
+
+    def _write_video(self, image):
+        for picture in image:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = self.video_frames
+            frame.time_base = 1 / Fraction(self.fps)
+            self.video_file.mux(self.video_stream.encode(frame))
+            self.video_frames += 1
+
+    def _close_files(self):
+        if self.data_file:
+            self.data_file.close()
+        if self.video_file:
+            self.video_file.mux(self.video_stream.encode())  # the frames that the encoder still holds
+            self.video_file.close()
+        self.data_file = None
+        self.video_file = None
+        self.files = []
+
+    def _write_meta(self):
+        if not self.episodes:
+            raise UserError(f"{self.path}: there is no episode to write")
+        meta = self.root / "meta"
+        stats = {key: _stats(np.concatenate([c[key] for c in self.columns])) for key in self.columns[0]}
+        stats[IMAGE] = _image_stats(self.histogram, self.num_frames)
+        stats = {key: {name: x.tolist() for name, x in stat.items()} for key, stat in stats.items()}
+        (meta / "info.json").write_text(json.dumps(self._info(), indent=4))
+        (meta / "stats.json").write_text(json.dumps(stats, indent=4))
+        pq.write_table(pa.Table.from_pylist(self.episodes), meta / "episodes/chunk-000/file-000.parquet")
+        # LeRobot looks tasks up in a pandas index: this metadata makes the column one, without needing pandas here.
+        columns = [
+            {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
+            for name, kind, dtype in (("task_index", "int64", "int64"), ("task", "unicode", "object"))
+        ]
+        pandas = {"index_columns": ["task"], "column_indexes": [], "columns": columns, "pandas_version": "2.0.0"}
+        tasks = pa.table({"task_index": list(self.tasks.values()), "task": list(self.tasks)})
+        pq.write_table(tasks.replace_schema_metadata({"pandas": json.dumps(pandas)}), meta / "tasks.parquet")
+
+    def _info(self):
+        """The content of meta/info.json."""
+        height, width, _ = self.image_shape
+        image = {"dtype": "image", "shape": list(self.image_shape), "names": ["height", "width", "channels"]}
+        if self.video:
+            info = {"video.height": height, "video.width": width, "video.channels": 3, "video.codec": "h264"}
+            info |= {"video.pix_fmt": "yuv420p", "video.fps": self.fps, "video.is_depth_map": False, "has_audio": False}
+            image |= {"dtype": "video", "info": info}
+        vector = {"dtype": "float32", "shape": [len(DIMS)], "names": list(DIMS)}
+        features = {IMAGE: image, STATE: vector, ACTION: vector}
+        for key, x in self.columns[0].items():
+            if x.ndim == 1:
+                features[key] = {"dtype": str(x.dtype), "shape": [1], "names": None}
+        return {
+            "codebase_version": "v3.0",
+            "robot_type": "panda",
+            "total_episodes": len(self.episodes),
+            "total_frames": self.num_frames,
+            "total_tasks": len(self.tasks),
+            "chunks_size": FILES_PER_CHUNK,
+            "data_files_size_in_mb": FILE_BYTES >> 20,
+            "video_files_size_in_mb": FILE_BYTES >> 20,
+            "fps": self.fps,
+            "splits": {"train": f"0:{len(self.episodes)}"},
+            "data_path": DATA_PATH,
+            "video_path": VIDEO_PATH if self.video else None,
+            "features": features,
+        }
+
+
+def _encode_png(picture):
+    encoder = av.CodecContext.create("png", "w")
+    encoder.height, encoder.width = picture.shape[:2]
+    encoder.pix_fmt = "rgb24"
+    encoder.time_base = Fraction(1)
+    return bytes(encoder.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))[0])
+
+
+def write_dataset(path: str | Path, episodes: Iterable[dict], fps: float, video: bool = False) -> None:
+    """Write episodes (see DatasetWriter.add_episode) as a LeRobot v3.0 dataset, whole or not at all."""
+    with DatasetWriter(path, fps, video) as writer:
+        for episode in episodes:
+            writer.add_episode(episode)
 
 
 # ---- collection -------------------------------------------------------------------------------------------------

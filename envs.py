@@ -1223,12 +1223,7 @@ class VecEnv:
         self.pipes = []
         self.processes = []
         for rows in self.slices:
-            pipe, child = mp.Pipe()
-            start = START_WORKER.format(folder=str(Path(__file__).parent), pipe=child.fileno())
-            command = [sys.executable, "-c", start]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[child.fileno()])
-            pipe.send((task, [domains[i] for i in rows], num_envs * self.stride, kwargs))
-            child.close()
+            pipe, process = start_worker(task, [domains[i] for i in rows], num_envs * self.stride, kwargs)
             self.pipes.append(pipe)
             self.processes.append(process)
 
@@ -1319,8 +1314,17 @@ class VecEnv:
 # ---- the worlds of a process ------------------------------------------------------------------------------------
 
 
-# Not multiprocessing's way, by which each worker would import the calling script with its policy.
-START_WORKER = "import sys; sys.path.insert(0, {folder!r}); import envs; envs._worker({pipe})"
+def start_worker(task, domains, stride, kwargs) -> tuple[Connection, subprocess.Popen]:
+    """Start a process that runs `_worker`, which goes on in the background -> a pipe to it, and the process."""
+    pipe, child = mp.Pipe()
+    # Not multiprocessing's way, by which each worker would import the calling script with its policy.
+    folder = str(Path(__file__).parent)
+    program = f"import sys; sys.path.insert(0, {folder!r}); import envs; envs._worker({child.fileno()})"
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[child.fileno()])
+    pipe.send((task, domains, stride, kwargs))
+    child.close()
+    return pipe, process
 
 
 def receive(pipe: Connection, process: subprocess.Popen):
