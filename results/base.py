@@ -3,8 +3,7 @@
     python -m results.base                           # both, hours on two cores; goes on where it was stopped
     python train_sft.py --policy tiny-pi05-base      # what they are for
 
-Each folder of bases/ has the checkpoint in bfloat16 (heads, norms and projections in float32), the run's settings,
-what made it, and its losses.
+Each folder of bases/ has the checkpoint in bfloat16 (it trains in float32), the run's settings and its losses.
 """
 
 import json
@@ -15,7 +14,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -66,7 +64,8 @@ def main(args: Args) -> None:
         base = BASES / f"{preset}-base"
         made = base.with_name(f".{base.name}")
         shutil.rmtree(made, ignore_errors=True)
-        load_policy(out / "last", dtype=torch.bfloat16).save(made)
+        policy = load_policy(out / "last")
+        policy.save(made, weights={name: weight.bfloat16() for name, weight in policy.state_dict().items()})
         settings = json.loads((out / "args.json").read_text())
         write_file(made / "args.json", settings)
         write_file(made / "losses.json", losses(out))

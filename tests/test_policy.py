@@ -551,3 +551,14 @@ def test_a_pretrained_policy_stays_normalised_as_it_was_unless_more_moves():
     assert P.keeps_its_stats(P.load_policy("tiny-pi05", stats=narrow), narrow)
     assert not P.keeps_its_stats(P.load_policy("tiny-pi05", stats=narrow), wide)
     assert not P.keeps_its_stats(P.load_policy("tiny-pi05"), wide)  # random weights know no units
+
+
+def test_the_pretrained_policy_is_found_by_its_name_and_trains_in_float32(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # from any folder
+    policy = P.load_policy("tiny-pi05-base")
+    assert {weight.dtype for weight in policy.parameters()} == {torch.float32}
+    assert policy.act(make_obs(policy, [PROMPT]), sample=False).actions.shape == (1, 4, 7)
+    assert sum(file.stat().st_size for file in policy.source.rglob("*") if file.is_file()) < 4e6
+    (tmp_path / "tiny-pi05-base").mkdir()  # a folder of the user's goes before it
+    with pytest.raises(UserError, match="tiny-pi05-base"):
+        P.load_policy("tiny-pi05-base")
