@@ -6,7 +6,6 @@ python -m results.trust server    # good clients among bad ones
 python -m results.trust arm       # faults at random moments of trials on franka-sim
 """
 
-import ctypes
 import fcntl
 import http.server
 import io
@@ -106,6 +105,12 @@ def write_output_to(file: str | Path, mode: str) -> None:
         os.dup2(output.fileno(), 2)
 
 
+def end_with_the_campaign() -> None:
+    """Kill this process and its group when the campaign has been cut off, or the program would go on to its end."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
+
+
 def run_program(command: str, folder: Path) -> None:
     """What `python COMMAND` does in `folder`, as the head of a process group of its own."""
     os.setsid()
@@ -113,7 +118,7 @@ def run_program(command: str, folder: Path) -> None:
     write_output_to("output.txt", "w")
     script, *options = command.split()
     sys.argv = [script, *options]
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it does not outlive a campaign that is cut off (PR_SET_PDEATHSIG)
+    threading.Thread(target=end_with_the_campaign, daemon=True).start()
     if script == "torchrun":
         runpy.run_module("torch.distributed.run", run_name="__main__")
     else:
