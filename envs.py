@@ -1314,12 +1314,28 @@ class VecEnv:
 # ---- the worlds of a process ------------------------------------------------------------------------------------
 
 
+WORKER = """
+import os, sys, threading
+sys.path.insert(0, {folder!r})
+
+def load():
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + 10)
+    import envs
+
+loading = threading.Thread(target=load)
+loading.start()
+loading.join()
+import envs
+envs._worker({pipe})
+"""
+
+
 def start_worker(task, domains, stride, kwargs) -> tuple[Connection, subprocess.Popen]:
     """Start a process that runs `_worker`, which goes on in the background -> a pipe to it, and the process."""
     pipe, child = mp.Pipe()
-    # Not multiprocessing's way, by which each worker would import the calling script with its policy.
-    folder = str(Path(__file__).parent)
-    program = f"import sys; sys.path.insert(0, {folder!r}); import envs; envs._worker({child.fileno()})"
+    # Not multiprocessing's way, by which each worker would import the calling script with its policy. Imports take
+    # seconds that a training in front needs: they are left to a thread that gives way. A process could not take it back.
+    program = WORKER.format(folder=str(Path(__file__).parent), pipe=child.fileno())
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[child.fileno()])
     pipe.send((task, domains, stride, kwargs))
