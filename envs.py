@@ -1334,7 +1334,7 @@ def start_worker(task, domains, stride, kwargs) -> tuple[Connection, subprocess.
     """Start a process that runs `_worker`, which goes on in the background -> a pipe to it, and the process."""
     pipe, child = mp.Pipe()
     # Not multiprocessing's way, by which each worker would import the calling script with its policy. Imports take
-    # seconds that a training in front needs: they are left to a thread that gives way. A process could not take it back.
+    # seconds that a training in front needs: a thread that gives way does them. A process could not take that back.
     program = WORKER.format(folder=str(Path(__file__).parent), pipe=child.fileno())
     command = [sys.executable, "-c", program]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[child.fileno()])
