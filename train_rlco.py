@@ -378,7 +378,7 @@ def main(args: Args):
             f"--accumulate {args.accumulate} must divide --num-envs, --minibatch-size and --anchor-batch-size"
         )
     args.acting_groups = args.acting_groups or args.accumulate
-    if args.accumulate % args.acting_groups or args.acting_groups % machines.size():
+    if args.acting_groups < 1 or args.accumulate % args.acting_groups or args.acting_groups % machines.size():
         raise UserError(
             f"--acting-groups {args.acting_groups} must divide --accumulate {args.accumulate}, and be a multiple of "
             f"the {machines.size()} processes"
