@@ -431,7 +431,7 @@ def make_evaluation(folder: Path, _) -> None:
 def read_evaluation(folder: Path) -> None:
     with patched_evaluation() as evaluation, suppress(Anew), redirect_stdout(io.StringIO()) as printed:
         evaluation.standin(evaluation.StandinArgs(policies=("before", "after"), episodes=4, videos=0, out=folder))
-        assert "| 75 % [30, 95] of 4, 46 |" in printed.getvalue(), "read wrong"
+        assert "| 75 % [30, 95] of 4, 46 steps |" in printed.getvalue(), "read wrong"
     checkpoints.CLAIMS.pop().close()
 
 
