@@ -9,9 +9,8 @@ In shapes, B is the number of environments, C the control steps in a chunk, and 
 
 import os
 
-os.environ.setdefault(
-    "LP_NUM_THREADS", "1"
-)  # each renders on its own core: two software rasterisers on all cores fight
+# Each process renders on its own core: two software rasterisers on all cores fight.
+os.environ.setdefault("LP_NUM_THREADS", "1")
 import colorsys
 import copy
 import gc

@@ -177,7 +177,7 @@ def difference_table(pairs: list[dict]) -> str:
         low, high = d["interval"]
         points = f"{100 * d['difference']:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
         counts = f"{d['gained']} better, {d['lost']} worse of {d['episodes']}"
-        cells[f"{d['after']} − {d['before']}", d["domain"]] = f"{points}, {p_value(d)}; {counts}"
+        cells[f"{d['after']} − {d['before']}", d["domain"]] = f"{points}, {p_value(d['p'])}; {counts}"
     return markdown("difference, on the same starts", heads, cells)
 
 
@@ -209,11 +209,11 @@ def verdict(d: dict) -> str:
     more, less = max(d["gained"], d["lost"]), min(d["gained"], d["lost"])
     counts = f"of {d['episodes']} starts it alone succeeds from {more}, the other alone from {less}"
     clear = "clearly better than" if d["p"] < 0.05 else "not clearly better than"
-    return f"{heading(d['domain'])}: {better} is {clear} {worse}, by {points}: {counts} ({p_value(d)})"
+    return f"{heading(d['domain'])}: {better} is {clear} {worse}, by {points}: {counts} ({p_value(d['p'])})"
 
 
-def p_value(d: dict) -> str:
-    return "p < 0.001" if d["p"] < 0.001 else f"p = {d['p']:.2g}"
+def p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def write_evaluation(args: EvaluationArgs, what: str, results: list[dict], pairs: list[dict], ends: dict) -> None:

@@ -25,7 +25,8 @@ from data import SEEDS_PER_BLOCK, worker_pool
 from envs import IMAGE_SIZE, SEEDS, TASKS, TWIN, Batch, VecEnv, demonstrations, joint_targets, make, rl_seed
 from policy import PRESETS, Pi05, apply_defaults, index_obs, load_policy
 
-STATS = {
+# About what demonstrations of the twins move.
+DEMONSTRATED = {
     "observation.state": {"q01": [-1.0] * 7, "q99": [1.0] * 7},
     "action": {"q01": [-0.02] * 6 + [-1.0], "q99": [0.02] * 6 + [1.0]},
 }
@@ -142,7 +143,7 @@ def bench_env(args: Env) -> None:
     still = np.zeros((args.num_envs, args.chunk, 7), np.float32)
     ways = {f"alone, chunk {args.chunk}": lambda obs: still}
     for chunk in (args.chunk, PRESETS["tiny-pi05"]["chunk"]):
-        policy = load_policy("tiny-pi05", stats=STATS, chunk=chunk, action_horizon=chunk)
+        policy = load_policy("tiny-pi05", stats=DEMONSTRATED, chunk=chunk, action_horizon=chunk)
         ways[f"with the default policy, chunk {chunk}"] = lambda obs, policy=policy: (
             policy.act(obs, sample=True).actions
         )
@@ -183,7 +184,7 @@ class Iteration:
 
 def bench_iteration(args: Iteration) -> None:
     settings = train_rlco.Args(target_kl=float("inf"), critic_warmup=0, acting_groups=1)  # no update ends early
-    policy = load_policy("tiny-pi05", stats=STATS)
+    policy = load_policy("tiny-pi05", stats=DEMONSTRATED)
     apply_defaults(settings, policy, train_rlco.DEFAULTS)
     critic = list(policy.value_head.parameters())
     actor = [p for name, p in policy.named_parameters() if p.requires_grad and not name.startswith("value_head")]

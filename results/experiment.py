@@ -28,7 +28,7 @@ from scipy import stats
 
 from checkpoints import UserError, claim, one_line_errors, whole_file, write_file
 from envs import TASKS, VARIATIONS
-from eval_real import sign_test, wilson
+from eval_real import p_value, sign_test, wilson
 from page import curve
 
 PARADIGMS = dict(real="real-only SFT", sft="SFT co-training", rlco="RL-Co")
@@ -319,9 +319,8 @@ def difference_section(raw: Raw, title: str, policies, names: dict) -> str:
             text = "–"
             if found:
                 points, low, high = (100 * x for x in found[:3])
-                p = "p < 0.001" if found[3] < 0.001 else f"p = {found[3]:.2g}"
                 seeds = {len(entry) for entry in shared([of for run in runs for of in run.values()])}
-                text = f"{points:+.1f} [{low:+.1f}, {high:+.1f}], {p}; {max(seeds)} training seeds"
+                text = f"{points:+.1f} [{low:+.1f}, {high:+.1f}], {p_value(found[3])}; {max(seeds)} training seeds"
                 text = text.removesuffix("s") if max(seeds) == 1 else text
             row.append(text)
         if row[1:] != ["–"] * len(policies):

@@ -117,15 +117,16 @@ def test_any_number_of_processes_compute_the_same_bit_for_bit(demos, tmp_path):
 
 
 def test_two_processes_evaluate_as_one(tmp_path):
-    load_policy("tiny-pi05", stats=STATS).save(tmp_path / "made")
-    options = "standin --policies made --episodes 3 --num-envs 2 --videos 0".split()
+    for name in ("tiny-pi05", "tiny-openvla"):
+        load_policy(name, stats=STATS).save(tmp_path / name)
+    options = "standin --policies tiny-pi05/ tiny-openvla/ --episodes 3 --num-envs 2 --videos 0".split()
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     outcomes = []
     for out, launch in (("one", []), ("two", torchrun)):
         command = [sys.executable, *launch, str(ROOT / "eval_real.py"), *options, "--out", out]
         subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         outcomes.append(json.loads((tmp_path / out / "results.json").read_text())["results"])
-    assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 2
+    assert outcomes[0] == outcomes[1] and len(outcomes[0]) == 4
 
 
 def test_weights_are_shared_out_evenly(monkeypatch):
