@@ -25,7 +25,6 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -41,7 +40,7 @@ from tqdm import tqdm
 import envs
 from checkpoints import UserError, claim, one_line_errors, provenance, read_file, robot_dims, write_file
 from data import in_order, worker_pool
-from page import film, html_table, learning_curves, write_page, write_video
+from page import film, greedy, html_table, learning_curves, write_page, write_video
 from policy import Policy, load_policy
 from robot import Camera, Franka, Keyboard, Rig, Stopped, get_ready, play, show_overlay
 
@@ -272,15 +271,6 @@ class StandinArgs(EvaluationArgs):
     render: Literal["auto", "cpu", "gpu"] = "auto"
     """Where the simulator renders: auto is the GPU if it can render a picture. cpu leaves a GPU's memory to the policy,
     and below some 500 worlds it is fast enough."""
-
-
-def greedy(policy: Policy) -> Callable:
-    """The policy without exploration, as `VecEnv.play` takes it."""
-
-    def act(obs):
-        return policy.act(obs, sample=False).actions.cpu()
-
-    return act
 
 
 def make_world(args: StandinArgs, domain: str, image_size: int) -> envs.VecEnv:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -100,6 +101,15 @@ def start_log(args, settings: dict, step: int) -> SummaryWriter:
     return SummaryWriter(args.out / "tensorboard", purge_step=step)
 
 
+def greedy(policy) -> Callable:
+    """The policy without exploration, as `VecEnv.play` takes it."""
+
+    def act(obs):
+        return policy.act(obs, sample=False).actions.cpu()
+
+    return act
+
+
 def validate(
     policy, worlds: dict[str, envs.VecEnv], episodes: int, held_out: list[dict], video: Path
 ) -> dict[str, float]:
@@ -107,9 +117,7 @@ def validate(
     each of `worlds` (by name), the imitation loss on `held_out` (batches of real demonstrations), and a video of the
     first episode in all worlds, side by side, whose name says in the log when this was."""
 
-    def act(obs):
-        return policy.act(obs, sample=False).actions.cpu()
-
+    act = greedy(policy)
     seeds = range(envs.SEEDS["validation"], envs.SEEDS["validation"] + episodes)
     log = {}
     columns = []
